@@ -1,0 +1,321 @@
+"""Images: reading them, MATLAB's bicubic, and training patches drawn as whole batches by index arithmetic.
+
+A picture is a uint8 array (H,W,C); a batch is a float tensor (N,3,h,w) in [0,1]. Nothing here starts worker
+processes: every image is decoded once into one flat uint8 store, which lies in memory, on the GPU, or, when it is
+large, in a file mapped into memory, and a batch is one gather from it.
+"""
+import hashlib
+import json
+import os
+import tempfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import skimage.data
+import torch
+from tqdm import tqdm
+
+from dukd import bicubic_resize, bicubic_taps
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"}
+# scikit-image's natural photographs, all inside its wheel. The second list is held out for validation.
+EMBEDDED_TRAIN = ("astronaut.png", "brick.png", "camera.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
+                  "moon.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg")
+EMBEDDED_VAL = ("chelsea.png", "coffee.png", "coins.png")
+
+
+class DataError(ValueError):
+    """An image or a folder that cannot be used; the message says which, why, and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------ reading
+def read_picture(path):
+    """The picture in a file as uint8 (H,W,C): C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
+
+    Palettes are resolved, CMYK becomes RGB, 16-bit grey is scaled to 8 bits, EXIF rotation is applied. DataError,
+    naming the file, for anything that is not one such picture."""
+    try:
+        content = Path(path).read_bytes()  # bytes, so that no name is ever taken for an address to download
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror or e}") from None
+    if not content:
+        raise DataError(f"{path} is empty (zero bytes)")
+    try:
+        with iio.imopen(content, "r", plugin="pillow") as file:
+            frames = file.properties(index=...).n_images or 1
+            mode = file.metadata(index=0, exclude_applied=False)["mode"]
+            image = file.read(index=0, rotate=True, mode="RGB" if mode in ("CMYK", "YCbCr", "LAB", "HSV") else None)
+    except Exception as e:  # Pillow raises a dozen kinds for broken files; its text names the defect
+        detail = str(e).splitlines()[0][:120] if str(e) and "BytesIO" not in str(e) and "<bytes>" not in str(e) else ""
+        raise DataError(f"{path} is not a readable image{f' ({detail})' if detail else ''}") from None
+    if frames > 1 and mode != "MPO" and not str(path).lower().endswith((".jpg", ".jpeg")):
+        raise DataError(f"{path} holds {frames} frames; split it into single pictures")
+    return _to_uint8(image, path)
+
+
+def _to_uint8(image, path):
+    """Bool, 16-bit and 32-bit-integer-held 16-bit arrays to uint8 (H,W,C)."""
+    if image.dtype == bool:
+        image = image.astype(np.uint8) * 255
+    elif image.dtype in (np.uint16, np.int32) and 0 <= image.min() and image.max() <= 65535:
+        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise DataError(f"{path} holds {image.dtype} values; convert it to 8 or 16 bits")
+    image = image[..., None] if image.ndim == 2 else image
+    if image.ndim != 3 or image.shape[2] > 4:
+        raise DataError(f"{path} has the shape {image.shape}, not (height, width, channels)")
+    return image
+
+
+def read_image(path):
+    """The picture in a file as RGB uint8 (H,W,3): grey is repeated, alpha is left out. DataError as `read_picture`."""
+    image = read_picture(path)
+    return np.ascontiguousarray(image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2))
+
+
+def find_images(places):
+    """The image files of folders (not of their subfolders), and files named themselves, each place's sorted by name.
+    DataError for a place that is missing or has no image."""
+    found = []
+    for place in map(Path, places):
+        if place.is_file():
+            found.append(place)
+            continue
+        try:
+            entries = sorted(place.iterdir())
+        except FileNotFoundError:
+            raise DataError(f"{place} does not exist") from None
+        except OSError as e:
+            raise DataError(f"{place} cannot be read: {e.strerror or e}") from None
+        images = [p for p in entries if p.suffix.lower() in EXTENSIONS and p.is_file() and not p.name.startswith(".")]
+        if not images:
+            inside = [p.name for p in entries if p.is_dir()][:3]
+            raise DataError(f"{place} has no images in it" + (f"; name a folder inside it ({', '.join(inside)})" if inside else ""))
+        found += images
+    return found
+
+
+def embedded(names):
+    """The paths of scikit-image's own pictures."""
+    folder = Path(skimage.data.__file__).parent
+    if missing := [n for n in names if not (folder / n).is_file()]:
+        raise DataError(f"this scikit-image does not ship {missing[0]}; name a folder of images with --data")
+    return [folder / n for n in names]
+
+
+# ------------------------------------------------------------------------------------------------ resizing
+def imresize(image, factor):
+    """MATLAB's `imresize(image, factor)`, bicubic and antialiased.
+
+    uint8 array (H,W) or (H,W,C): bit-exact with MATLAB, which resizes the rows, rounds half up to uint8, and only
+    then resizes the columns and rounds again. Float tensor (…,H,W): no rounding, differentiable. Sizes become
+    ⌈n·factor⌉. TypeError for any other kind, ValueError for a factor that is not positive."""
+    if not factor > 0:
+        raise ValueError(f"imresize: the factor must be positive, not {factor}")
+    if isinstance(image, torch.Tensor) and image.is_floating_point():
+        return bicubic_resize(image, factor)
+    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8):
+        raise TypeError(f"imresize takes uint8 arrays and float tensors, not {getattr(image, 'dtype', type(image))}")
+    return _resize_rows(_resize_rows(image, factor).swapaxes(0, 1), factor).swapaxes(0, 1).copy()
+
+
+def _resize_rows(image, factor):
+    """One pass along axis 0, tap by tap (MATLAB's order of summation), rounded half up and clipped to uint8."""
+    weights, index = (t.numpy() for t in bicubic_taps(image.shape[0], factor))
+    out = np.zeros((len(weights), *image.shape[1:]))
+    for w, i in zip(weights.T, index.T):
+        if w.any():
+            out += w.reshape(-1, *[1] * (image.ndim - 1)) * image[i]
+    return np.floor(out.clip(0, 255) + 0.5).astype(np.uint8)
+
+
+def pair(hr, scale):
+    """An HR picture cropped at the bottom and right to a multiple of s, and its LR by MATLAB's bicubic."""
+    hr = np.ascontiguousarray(hr[:hr.shape[0] // scale * scale, :hr.shape[1] // scale * scale])
+    return imresize(hr, 1 / scale), hr
+
+
+def read_pair(path, lr_path, scale, least=1):
+    """(lr, hr) uint8 arrays of an HR file, and of its given LR file where there is one.
+
+    least: the LR size at which an image is large enough. DataError, naming file and sizes, where it is smaller or
+    the two do not belong together."""
+    hr = read_image(path)
+    h, w = hr.shape[0] // scale, hr.shape[1] // scale
+    if min(h, w) < least:
+        raise DataError(f"{path} is {hr.shape[1]}x{hr.shape[0]}, smaller than {least * scale}x{least * scale}"
+                        + (" (an HR patch); use a smaller --patch or leave the image out" if least > 1 else ""))
+    if lr_path is None:
+        return pair(hr, scale)
+    lr = read_image(lr_path)
+    if lr.shape[:2] != (h, w):
+        raise DataError(f"{lr_path} is {lr.shape[1]}x{lr.shape[0]}, but {path} is {hr.shape[1]}x{hr.shape[0]} "
+                        f"and needs {w}x{h} at x{scale}")
+    return lr, hr[:h * scale, :w * scale]
+
+
+def match_lr(paths, lr_places, scale):
+    """The LR file of each HR file: 0001.png pairs with 0001x4.png, 0001_x4.png or 0001.png. DataError where one lacks."""
+    if not lr_places:
+        return [None] * len(paths)
+    by_stem = {p.stem: p for p in find_images(lr_places)}
+    matched = [next((by_stem[n] for n in (f"{p.stem}x{scale}", f"{p.stem}_x{scale}", p.stem) if n in by_stem), None)
+               for p in paths]
+    if None in matched:
+        path = paths[matched.index(None)]
+        raise DataError(f"{path} has no LR image: looked for {path.stem}x{scale}, {path.stem}_x{scale} and {path.stem} "
+                        f"in {', '.join(map(str, lr_places))}")
+    return matched
+
+
+# ------------------------------------------------------------------------------------------------ the store
+class Store:
+    """All training images, decoded: one flat array of RGB pixels and two tables that say where each image lies.
+
+    pixels (P,3) uint8; hr, lr (n,3) int64: first pixel, height, width; names: n file names."""
+
+    def __init__(self, pixels, hr, lr, names, file=None):
+        self.pixels, self.hr, self.lr, self.names, self.file = pixels, hr, lr, names, file
+
+    def __len__(self):
+        return len(self.names)
+
+    def to(self, device):
+        """On `device` where the images fit into half of its free memory; where they do not, they stay, and
+        `Patches` gathers on the host."""
+        device = torch.device(device)
+        if device.type == "cuda" and self.pixels.numel() > torch.cuda.mem_get_info(device)[0] / 2:
+            return self
+        return Store(self.pixels.to(device), self.hr.to(device), self.lr.to(device), self.names, self.file)
+
+
+def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False):
+    """Decodes images into a Store, on the cores' threads.
+
+    Up to ram_limit bytes it stays in memory. Beyond, it goes to a file in the folder `cache`, mapped into memory and
+    found again by the next run over the same files (same paths, sizes, times, scale). `least` as in `read_pair`;
+    skip_bad leaves unusable images out, each with a line, instead of raising their DataError."""
+    key = store_key(paths, lr_paths, scale, least)
+    file = Path(cache) / f"{key}.pixels"
+    if (found := open_store(file)) is not None:
+        return found
+    memory, spill, tables, names, done = [], None, ([], []), [], 0
+    try:
+        for path, result in _decoded(paths, lr_paths, scale, least):
+            if isinstance(result, DataError):
+                if not skip_bad:
+                    raise result
+                tqdm.write(f"left out: {result}")
+                continue
+            for table, image in zip(tables, result):
+                table.append((done // 3, *image.shape[:2]))
+                memory.append(image.reshape(-1))
+                done += image.size
+            names.append(path.name)
+            if spill is None and done > ram_limit:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                spill = tempfile.NamedTemporaryFile(dir=file.parent, prefix=key, suffix=".tmp", delete=False)
+            if spill is not None:
+                for image in memory:
+                    spill.write(image.data)
+                memory.clear()
+        if not names:
+            raise DataError("no usable image is left to train on")
+        if spill is None:
+            pixels = torch.from_numpy(np.concatenate(memory)).view(-1, 3)
+            return Store(pixels, torch.tensor(tables[1]), torch.tensor(tables[0]), names)
+        spill.flush()
+        os.fsync(spill.fileno())
+        os.replace(spill.name, file)
+    except OSError as e:
+        raise DataError(f"{cache}: the decoded images ({done / 2**30:.1f} GiB so far) cannot be stored there: "
+                        f"{e.strerror or e}; free space, or name another folder with --cache") from None
+    finally:
+        if spill is not None:
+            spill.close()
+            Path(spill.name).unlink(missing_ok=True)
+    index = dict(bytes=done, lr=tables[0], hr=tables[1], names=names)
+    index_file = file.with_suffix(".json")
+    index_file.with_suffix(".json.tmp").write_text(json.dumps(index))
+    os.replace(index_file.with_suffix(".json.tmp"), index_file)  # last: a store without its index does not count
+    return open_store(file)
+
+
+def store_key(paths, lr_paths, scale, least):
+    """The cache's name for these very files (path, size, time) at this scale."""
+    digest = hashlib.sha256(json.dumps(["store 1", scale, least]).encode())
+    for path in [*paths, *(p for p in lr_paths if p)]:
+        stat = os.stat(path)
+        digest.update(f"{Path(path).resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:20]
+
+
+def open_store(file):
+    """The Store in a mapped file, or None where there is none, or none that is whole."""
+    try:
+        index = json.loads(file.with_suffix(".json").read_text())
+        if file.stat().st_size != index["bytes"]:
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+    pixels = torch.from_file(str(file), shared=False, size=index["bytes"], dtype=torch.uint8).view(-1, 3)
+    return Store(pixels, torch.tensor(index["hr"]), torch.tensor(index["lr"]), index["names"], file)
+
+
+def _decoded(paths, lr_paths, scale, least):
+    """Yields (path, (lr, hr) or DataError) in order, decoded ahead by a few threads, with a progress bar."""
+    def work(job):
+        try:
+            return read_pair(*job, scale, least)
+        except DataError as e:
+            return e
+    jobs, ahead = iter(zip(paths, lr_paths)), deque()
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(paths), desc="decoding", unit="image",
+                                                          disable=len(paths) < 50, leave=False) as bar:
+        try:
+            while True:
+                while len(ahead) < 2 * (os.cpu_count() or 1) and (job := next(jobs, None)):
+                    ahead.append((job[0], pool.submit(work, job)))
+                if not ahead:
+                    return
+                path, future = ahead.popleft()
+                yield path, future.result()
+                bar.update()
+        finally:
+            for _, future in ahead:
+                future.cancel()
+
+
+# ------------------------------------------------------------------------------------------------ patches
+class Patches:
+    """Aligned random LR/HR patches of a Store as float batches in [0,1], on `device`.
+
+    Images are drawn uniformly, then positions uniformly over the LR image."""
+
+    def __init__(self, store, patch, scale, device="cpu"):
+        self.store, self.patch, self.scale, self.device = store.to(device), patch, scale, torch.device(device)
+
+    def draw(self, n, generator):
+        """Where n patches lie: image, top, left in LR pixels, (n,3) int64 on the CPU."""
+        image = torch.randint(len(self.store), (n,), generator=generator)
+        room = self.store.lr[:, 1:].cpu()[image] - self.patch + 1
+        corner = torch.rand(n, 2, generator=generator, dtype=torch.float64) * room  # float32 could round up to `room`
+        return torch.cat([image[:, None], corner.long()], dim=1)
+
+    def batch(self, where):
+        """I_LR (n,3,p,p) and I_HR (n,3,s·p,s·p) at the places that `draw` gave."""
+        where, s = where.to(self.store.pixels.device, non_blocking=True), self.scale
+        scale = torch.tensor([1, s, s], device=where.device)
+        return self._take(self.store.lr, where, self.patch), self._take(self.store.hr, where * scale, self.patch * s)
+
+    def _take(self, table, where, size):
+        image, top, left = where.unbind(1)
+        first, _, width = table[image].unbind(1)
+        i = torch.arange(size, device=where.device)
+        rows, cols = top[:, None] + i, left[:, None] + i  # (n,size) each
+        index = (first[:, None] + rows * width[:, None])[:, :, None] + cols[:, None, :]  # (n,size,size)
+        pixels = self.store.pixels[index].to(self.device, non_blocking=True)  # (n,size,size,3)
+        return pixels.permute(0, 3, 1, 2).float() / 255

@@ -1,0 +1,669 @@
+"""Distil a small super-resolution network from a large frozen one (DUKD, arXiv 2309.14162).
+
+    python train.py --teacher edsr_baseline.pt --student small                         DUKD on scikit-image's pictures
+    python train.py --teacher edsr_baseline.pt --student small --data DIV2K_train_HR   … on your own
+    python train.py --student edsr_baseline --method scratch --data DIV2K_train_HR     train a teacher
+    torchrun --nproc_per_node=2 train.py …                                             the same batch on two GPUs
+    python train.py --resume --out runs/NAME                                           go on where a run stopped
+
+Read downward: Config, the losses of one batch, the networks and data they need, the loop, the command line.
+"""
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import datetime
+import difflib
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import evaluate
+import models
+from dukd import (OPERATIONS, InvertibleAugmentation, Taps, adapters, at_loss, dukd_loss, fakd_loss, fitnet_loss,
+                  reconstruction_loss, response_kd_loss, zoom_in, zoom_out)
+
+METHODS = ("dukd", "kd", "scratch", "fitnet", "at", "fakd")
+FEATURE_LOSSES = {"fitnet": fitnet_loss, "at": at_loss, "fakd": fakd_loss}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says which, why, and what to do."""
+
+
+def option(default, text, **extra):
+    """A Config field; `text` becomes its line of --help."""
+    kind = dict(default_factory=lambda: default) if isinstance(default, list) else dict(default=default)
+    return field(**kind, metadata=dict(help=text, **extra))
+
+
+@dataclass
+class Config:
+    """Everything a run depends on. The defaults are the paper's recipe; None means "the paper's value for this
+    pair of networks" and is filled in by `complete`."""
+    teacher: str = option("", "checkpoint of the frozen teacher f_T, any known format")
+    student: str = option("small", f"the student f_S: small (the paper's for this teacher), {models.NAMES_HELP}")
+    method: str = option("dukd", "which losses the student learns from", choices=METHODS)
+    scale: int = option(None, "s: 2, 3, 4 or 8 (default: the teacher's, else 4)")
+    data: list = option([], "folders of HR training images (default: scikit-image's photographs)", metavar="DIR")
+    lr_data: list = option([], "folders of their LR images, if not to be made (0001x4.png pairs with 0001.png)", metavar="DIR")
+    val: list = option([], "folders of held-out HR images (default: --holdout images of the data)", metavar="DIR")
+    holdout: int = option(10, "without --val: how many of the --data images are held out, evenly spaced")
+    out: str = option("", "run folder (default: runs/METHOD_STUDENT_xSCALE)")
+    resume: bool = option(False, "go on with the run in --out", action="store_true")
+    init: str = option("", "checkpoint to start the student from: same shape, or another scale (all but the upsampler)")
+    # Section 4.1, training details
+    steps: int = option(250_000, "updates; the schedule's milestones scale with it")
+    batch: int = option(16, "training pairs in an update, over all processes")
+    patch: int = option(48, "LR patch, pixels a side (the HR patch is s times that)")
+    lr: float = option(1e-4, "Adam's learning rate at the start")
+    schedule: str = option("step", "step: x0.1 at 40%% and 80%% of the steps; cosine: to zero", choices=("step", "cosine"))
+    ema: float = option(0.999, "decay of the averaged weights that are validated and saved; ramps up over the first steps")
+    seed: int = option(0, "of the weights, the patches and the augmentations")
+    # Section 3, the losses; the paper's values differ by pair
+    lambda_rec: float = option(None, "λ_rec, weight of |f_S(I_LR) − I_HR| (EDSR, SwinIR 5; RCAN 1, x3 2); 0: off")
+    lambda_kd: float = option(None, "λ_kd, weight of |f_S(I_LR) − f_T(I_LR)| (1); 0: off")
+    lambda_dukd: float = option(None, "λ_dukd, weight of the zoom-in and zoom-out terms (1); 0: off")
+    lambda_feature: float = option(1.0, "weight of the feature loss of fitnet, at and fakd")
+    zoom_in: bool = option(None, "label HR crops (always, unless --no-zoom-in)", action=argparse.BooleanOptionalAction)
+    zoom_out: bool = option(None, "label reduced LR patches (EDSR and RCAN x3: yes)", action=argparse.BooleanOptionalAction)
+    crops: int = option(1, "zoom-in crops of each HR patch")
+    p: float = option(None, "probability of each operation of F (0.3; RCAN x2, x4: 0)")
+    ops: list = option(list(OPERATIONS), "the operations of F", choices=OPERATIONS)
+    consistency: str = option("zoom_in", "which upcycled inputs go through F", choices=("zoom_in", "zoom_out", "both", "none"))
+    # The feature baselines
+    taps: list = option([], "feature taps STUDENT:TEACHER, e.g. body.5:body.10 (default: at thirds of the depth)", metavar="S:T")
+    full_maps: bool = option(False, "fitnet on whole feature maps, through 1x1 adapters, instead of channel means", action="store_true")
+    # How it runs
+    device: str = option("", "cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    precision: str = option("auto", "of the networks' forward and backward (auto: bfloat16 on CUDA, float32 on the CPU); "
+                                    "weights and losses are float32", choices=("auto", "float32", "bfloat16"))
+    ram: float = option(1.0, "GiB of decoded images kept in memory; more go to a mapped file in --cache")
+    cache: str = option("", "folder of decoded images (default: ~/.cache/dukd)")
+    skip_bad: bool = option(False, "leave unusable training images out, with a line each", action="store_true")
+    val_every: int = option(0, "steps between validations (default: a tenth of the run, at most 5000)")
+    log_every: int = option(10, "steps between rows of log.csv, each the mean since the last")
+    save_minutes: float = option(5.0, "minutes between resumable checkpoints (also at each validation and at the end)")
+    stop_at: int = option(0, "stop, resumably, after this step")
+
+
+MAY_CHANGE = {"out", "resume", "device", "ram", "cache", "val_every", "save_minutes", "stop_at"}  # on --resume
+
+
+def complete(c, teacher):
+    """Fills the None fields with the paper's values for the pair [released code's option files]; what the method does
+    not use becomes 0 or False, so that config.json tells what the run did."""
+    arch = teacher.config["arch"] if teacher else "edsr"
+    rcan, x3 = arch == "rcan", c.scale == 3
+    paper = dict(lambda_rec=(2.0 if x3 else 1.0) if rcan else 5.0, lambda_kd=1.0, lambda_dukd=1.0, zoom_in=True,
+                 zoom_out=arch == "edsr" or (rcan and x3), p=0.3 if x3 or not rcan else 0.0)
+    unused = {} if c.method == "dukd" else dict(lambda_dukd=0.0, zoom_in=False, zoom_out=False, p=0.0)
+    if c.method in ("scratch", "fitnet", "at"):
+        unused["lambda_kd"] = 0.0 if c.method == "scratch" or c.lambda_kd is None else c.lambda_kd
+    if c.method not in FEATURE_LOSSES:
+        unused["lambda_feature"] = 0.0
+    given = {k: v for k in paper if (v := getattr(c, k)) is not None}
+    return dataclasses.replace(c, **(paper | given | unused))
+
+
+# ------------------------------------------------------------------------------------------------ one batch
+def loss_terms(student, teacher, lr, hr, c, generator, amp, part=slice(None), features=None):
+    """Every term of L for one batch, times its λ: {name: scalar}. Their sum is what is minimised.
+
+    student, teacher: f_S, f_T; lr (N,3,h,h), hr (N,3,s·h,s·h) in [0,1]; amp: autocast context of the forwards;
+    part: this process's share of the N samples (all draws are made for all N, the same in every process);
+    features: the baseline's FeatureLoss. The student gets gradient from each term, the teacher from none."""
+    # Upcycling: new inputs out of the training pair, and an F for each sample of them
+    z_in = zoom_in(hr.repeat_interleave(c.crops, 0), lr.shape[-1], generator) if c.zoom_in else lr[:0]
+    z_out = zoom_out(lr, c.scale) if c.zoom_out else lr[:0]
+    draw = lambda z, on: InvertibleAugmentation.sample(len(z), c.ops if on else (), c.p, generator, z.device)
+    F_in, F_out = draw(z_in, c.consistency in ("zoom_in", "both")), draw(z_out, c.consistency in ("zoom_out", "both"))
+    crops = slice(part.start and part.start * c.crops, part.stop and part.stop * c.crops)
+    lr, hr, z_in, F_in, z_out, F_out = lr[part], hr[part], z_in[crops], F_in[crops], z_out[part], F_out[part]
+
+    # The teacher labels, the student answers; inputs of one size share a forward
+    n, t_lr, t_in, t_out = len(lr), None, None, None
+    watch = features.watch() if features else contextlib.nullcontext()
+    with amp, watch:
+        if teacher is not None:
+            with torch.no_grad():
+                t_lr, t_in = split(teacher(torch.cat([lr, z_in])), n)
+                t_out = teacher(z_out) if len(z_out) else None
+        sr, s_in = split(student(torch.cat([lr, F_in.apply(z_in)])), n)
+        s_out = student(F_out.apply(z_out)) if len(z_out) else None
+
+    terms = {}
+    if c.lambda_rec:
+        terms["rec"] = c.lambda_rec * reconstruction_loss(sr, hr)
+    if c.lambda_kd:
+        terms["kd"] = c.lambda_kd * response_kd_loss(sr, t_lr)
+    if len(z_in) and c.lambda_dukd:
+        terms["zoom_in"] = c.lambda_dukd * dukd_loss(s_in, t_in, F_in)
+    if len(z_out) and c.lambda_dukd:
+        terms["zoom_out"] = c.lambda_dukd * dukd_loss(s_out, t_out, F_out)
+    if len(z_out) and c.lambda_rec:  # I_LR is the ground truth of z_out
+        terms["zoom_out_rec"] = c.lambda_rec * reconstruction_loss(F_out.invert(s_out), lr)
+    if features:
+        terms["feature"] = c.lambda_feature * features.loss()
+    return terms
+
+
+def split(x, n):
+    return x[:n], x[n:]
+
+
+def update(student, optimizer, ema, terms, c, step):
+    """One Adam step on the sum of the terms, and the averaged weights after it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, c)
+    optimizer.zero_grad(set_to_none=True)
+    sum(terms.values()).backward()
+    optimizer.step()
+    decay = min(c.ema, (1 + step) / (10 + step))  # a short run is not averaged with its random start
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - decay)
+
+
+def learning_rate(step, c):
+    """Of update `step` (from 0): ×0.1 at 40 % and at 80 % of the run, or half a cosine to zero."""
+    if c.schedule == "cosine":
+        return c.lr * 0.5 * (1 + math.cos(math.pi * step / c.steps))
+    return c.lr * 0.1 ** sum(step >= milestone * c.steps for milestone in (0.4, 0.8))
+
+
+class FeatureLoss:
+    """FitNet, AT or FAKD between paired taps of student and teacher: the mean of the taps' losses."""
+
+    def __init__(self, student, teacher, c):
+        if not (student.taps and teacher.taps):
+            raise ConfigError(f"--method {c.method}: no feature taps are known for a {teacher.config['arch']} teacher")
+        pairs = c.taps or [f"{s}:{t}" for s, t in zip(thirds(student.taps), thirds(teacher.taps))]
+        if bad := [p for p in pairs if p.count(":") != 1]:
+            raise ConfigError(f"--taps takes STUDENT:TEACHER, e.g. {student.taps[-1]}:{teacher.taps[-1]}, not '{bad[0]}'")
+        names = list(zip(*(p.split(":") for p in pairs)))
+        self.taps = [Taps(net, n) for net, n in zip((student, teacher), names)]
+        device = next(student.parameters()).device
+        with torch.no_grad(), self.watch():
+            for net in (student, teacher):
+                net.eval()(torch.zeros(1, 3, 16, 16, device=device))  # eval: draws nothing from the random stream
+        shapes = [[tuple(f.shape[1:]) for f in tap.features] for tap in self.taps]
+        self.lines = [f"{s} {a} ~ {t} {b}" for (s, t), a, b in zip(zip(*names), *shapes)]
+        for s, t, line in zip(*shapes, self.lines):
+            if len(s) != 3 or s[1:] != t[1:]:
+                raise ConfigError(f"--taps: the features do not pair up: {line}")
+        full = c.method == "fitnet" and c.full_maps
+        self.adapters = adapters(*([f[0] for f in s] for s in shapes)) if full else torch.nn.ModuleList()
+        self.adapters.to(device)
+        self.measure = (lambda s, t: fitnet_loss(s, t, full=True)) if full else FEATURE_LOSSES[c.method]
+
+    def watch(self):
+        stack = contextlib.ExitStack()
+        for tap in self.taps:
+            stack.enter_context(tap)
+        return stack
+
+    def loss(self):
+        student, teacher = (tap.features for tap in self.taps)
+        if self.adapters:
+            student = [adapt(f.float()) for adapt, f in zip(self.adapters, student)]
+        return sum(self.measure(s, t) for s, t in zip(student, teacher)) / len(student)
+
+
+def thirds(names):
+    """The entries at one third, two thirds and the end."""
+    return [names[max(round(len(names) * k / 3), 1) - 1] for k in (1, 2, 3)]
+
+
+# ------------------------------------------------------------------------------------------------ networks and data
+def load_teacher(c):
+    """The frozen teacher, or None where the method has none."""
+    if not c.teacher:
+        if c.method != "scratch":
+            raise ConfigError(f"--method {c.method} needs a --teacher (scratch does without one)")
+        return None
+    teacher = models.load(c.teacher).requires_grad_(False)
+    if c.scale and c.scale != teacher.scale:
+        raise ConfigError(f"{c.teacher} is a x{teacher.scale} network, not x{c.scale}: leave --scale out, or choose a x{c.scale} teacher")
+    return teacher
+
+
+def build_student(c, teacher):
+    """The student by name, from --init where one is given."""
+    if c.student == "small":
+        if teacher is None:
+            raise ConfigError("--student small is the paper's student of a teacher: give --teacher, or name a size")
+        student = models.from_config(models.small(teacher))
+    else:
+        student = models.build(c.student, c.scale)
+    if c.init:
+        initialise(student, models.load(c.init), c.init)
+    return student
+
+
+def initialise(student, source, path):
+    """Copies the weights of `source`: all of them, or, from another scale, all but the upsampler."""
+    own, given = student.state_dict(), source.state_dict()
+    if source.scale != student.scale:
+        given = {k: v for k, v in given.items() if not k.startswith("upsample.")}
+        missing = [k for k in own if k not in given and not k.startswith("upsample.")]
+    else:
+        missing = [k for k in own if k not in given]
+    wrong = missing + [k for k in given if k not in own or own[k].shape != given[k].shape]
+    if wrong:
+        raise ConfigError(f"--init {path} does not have the student's shape: {wrong[0]} differs "
+                          f"({describe(source.config)}; the student is {describe(student.config)})")
+    student.load_state_dict(own | given)
+
+
+def describe(config):
+    return " ".join(f"{k}={v}" if k != "arch" else v for k, v in config.items() if k not in ("mean", "img_range", "drop_path"))
+
+
+def prepare_data(c, device):
+    """The patches to train on, and the held-out pairs [(name, lr, hr)]."""
+    if c.data:
+        train = data.find_images(c.data)
+        held = []
+        if not c.val and c.holdout:
+            if c.holdout >= len(train):
+                raise ConfigError(f"--holdout {c.holdout} leaves none of the {len(train)} images of {c.data[0]} to train on")
+            held = train[::len(train) // c.holdout][:c.holdout]
+            train = [p for p in train if p not in set(held)]
+    else:
+        train, held = data.embedded(data.EMBEDDED_TRAIN), data.embedded(data.EMBEDDED_VAL)
+    held = data.find_images(c.val) if c.val else held
+    cache = Path(c.cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dukd")
+    lr_paths = data.match_lr(train, c.lr_data, c.scale)
+    store = data.build_store(train, lr_paths, c.scale, c.patch, c.ram * 2**30, cache, c.skip_bad)
+    return data.Patches(store, c.patch, c.scale, device), [(p.stem, *data.read_pair(p, None, c.scale, 8)) for p in held]
+
+
+def validate(model, pairs, device, amp):
+    """Mean PSNR (Y) over held-out pairs, and the upscaled pictures."""
+    was_training = model.training
+    model.eval()
+    pictures = []
+    with amp:
+        for _, lr, _ in pairs:
+            pictures.append(evaluate.to_uint8(evaluate.upscale(model, evaluate.to_tensor(lr, device), tile=512)))
+    model.train(was_training)
+    return float(np.mean([evaluate.psnr_y(sr, hr, model.scale) for sr, (_, _, hr) in zip(pictures, pairs)])), pictures
+
+
+# ------------------------------------------------------------------------------------------------ the run
+class Run:
+    """A run folder and all that changes while training: what a checkpoint holds, and how it is written."""
+
+    def __init__(self, c, student, features, device):
+        self.c, self.out, self.device = c, Path(c.out), device
+        self.student, self.ema = student, copy.deepcopy(student).eval().requires_grad_(False)
+        self.adapters = features.adapters if features else torch.nn.ModuleList()
+        trained = [*student.parameters(), *self.adapters.parameters()]
+        self.optimizer = torch.optim.Adam(trained, lr=c.lr, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
+        self.generator = torch.Generator().manual_seed(c.seed)  # patches, zoom-in crops, augmentations
+        self.step, self.best, self.sums, self.counted = 0, -math.inf, {}, 0
+
+    def state(self):
+        return dict(step=self.step, best=self.best, counted=self.counted, sums={k: float(v) for k, v in self.sums.items()},
+                    student=self.student.state_dict(), ema=self.ema.state_dict(), adapters=self.adapters.state_dict(),
+                    optimizer=self.optimizer.state_dict(), generator=self.generator.get_state(), random=torch.get_rng_state(),
+                    random_cuda=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None)
+
+    def restore(self):
+        try:
+            state = torch.load(self.out / "last.ckpt", map_location="cpu", weights_only=True)
+        except Exception as e:
+            raise ConfigError(f"{self.out / 'last.ckpt'} cannot be resumed from: {str(e).splitlines()[0][:160]}") from None
+        for part in ("student", "ema", "adapters", "optimizer"):
+            getattr(self, part).load_state_dict(state[part])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+        self.step, self.best, self.sums, self.counted = (state[k] for k in ("step", "best", "sums", "counted"))
+
+    def save(self):
+        models.write_atomically(lambda f: torch.save(self.state(), f), self.out / "last.ckpt")
+        models.save(self.out / "student.pt", self.ema, raw=self.student.state_dict())
+
+    def add(self, terms):
+        """Collects a step's terms; every --log-every steps their means become a row of log.csv."""
+        with torch.no_grad():
+            for name, value in {**terms, "total": sum(terms.values())}.items():
+                self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.counted += 1
+
+    def row(self, psnr=None):
+        """Writes a row of log.csv, the means of what was collected, and returns them."""
+        means = {k: float(v) / self.counted for k, v in self.sums.items()}
+        self.sums, self.counted = {}, 0
+        with open(self.out / "log.csv", "a", newline="") as f:
+            csv.writer(f).writerow([self.step, f"{learning_rate(self.step - 1, self.c):.3g}",
+                                    *(f"{v:.8g}" for v in means.values()), "" if psnr is None else f"{psnr:.4f}"])
+        return means
+
+    def validate(self, held, amp):
+        """Held-out PSNR of the averaged weights; where it is the best so far, best.pt and pictures of the first four."""
+        psnr, pictures = validate(self.ema, held, self.device, amp)
+        if psnr > self.best:
+            self.best = psnr
+            models.save(self.out / "best.pt", self.ema, raw=self.student.state_dict())
+            for (name, _, _), picture in zip(held[:4], pictures):
+                iio.imwrite(self.out / "val" / f"{name}_x{self.c.scale}.png", picture)
+        return psnr
+
+
+def start(run, teacher, held, command):
+    """Makes the run folder, or, with --resume, checks it and goes back to its last checkpoint."""
+    c = run.c
+    columns = ["step", "lr", *term_names(c), "total", "val_psnr"]
+    if c.resume:
+        run.restore()
+        with open(run.out / "log.csv", newline="") as f:  # what was logged after the checkpoint comes again
+            rows = [row for i, row in enumerate(csv.reader(f)) if i == 0 or (row and int(row[0]) <= run.step)]
+    else:
+        (run.out / "val").mkdir(parents=True)
+        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+        name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.processor() or platform.machine()
+        about = dict(config=dataclasses.asdict(c), command=command, git=git_hash(), versions=versions,
+                     device=str(run.device), device_name=name, threads=torch.get_num_threads(),
+                     started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+                     student=run.student.config, teacher=teacher.config if teacher else None, held_out=[n for n, _, _ in held])
+        (run.out / "config.json").write_text(json.dumps(about, indent=1))
+        rows = [columns]
+    with open(run.out / "log.csv", "w", newline="") as f:
+        csv.writer(f).writerows(rows)
+
+
+def term_names(c):
+    """The terms that `loss_terms` returns under these settings, in its order."""
+    on = dict(rec=c.lambda_rec, kd=c.lambda_kd, zoom_in=c.zoom_in and c.lambda_dukd, zoom_out=c.zoom_out and c.lambda_dukd,
+              zoom_out_rec=c.zoom_out and c.lambda_rec, feature=c.lambda_feature)
+    return [name for name, value in on.items() if value]
+
+
+def git_hash():
+    """The commit of this code, or "" outside a repository."""
+    here = Path(__file__).resolve().parent
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True,
+                              text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def fit(run, teacher, patches, held, features, amp, stop, rank=0, world=1):
+    """The loop: to the last step, to --stop-at, or until `stop` holds a signal. Returns the last held-out PSNR."""
+    c, psnr, saved = run.c, None, time.monotonic()
+    student = DistributedDataParallel(run.student) if world > 1 else run.student
+    part = slice(rank * c.batch // world, (rank + 1) * c.batch // world) if world > 1 else slice(None)
+    val_every = c.val_every or min(max(c.steps // 10, 1), 5000)
+    goal = min(c.stop_at or c.steps, c.steps)
+    student.train()
+    bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=rank > 0, dynamic_ncols=True)
+    began, first, waited = time.monotonic(), run.step, 0.0
+    while run.step < goal and not agreed(stop, run, world):
+        before = time.monotonic()
+        where = patches.draw(c.batch, run.generator)
+        lr, hr = patches.batch(where)
+        flips = InvertibleAugmentation.sample(c.batch, ("hflip", "vflip", "transpose"), 0.5, run.generator, lr.device)
+        lr, hr = flips.apply(lr), flips.apply(hr)
+        waited += time.monotonic() - before
+
+        terms = loss_terms(student, teacher, lr, hr, c, run.generator, amp, part, features)
+        require_finite(terms, run, [patches.store.names[i] for i in where[part, 0].tolist()])
+        update(student, run.optimizer, run.ema, terms, c, run.step)
+        run.step += 1
+        run.add(terms)
+
+        validated = run.step % val_every == 0 or run.step == c.steps
+        if validated and rank == 0:
+            psnr = run.validate(held, amp)
+        if rank == 0 and (validated or run.step % c.log_every == 0):
+            means, spent = run.row(psnr if validated else None), time.monotonic() - began
+            rate = (run.step - first) * c.batch / spent
+            bar.set_postfix_str(f"loss {means['total']:.4f}, {rate:.0f} images/s, data {waited / spent:.0%}"
+                                + (f", held-out {psnr:.2f} dB" if psnr else ""), refresh=False)
+        bar.update()
+        if rank == 0 and (validated or time.monotonic() - saved > 60 * c.save_minutes):
+            run.save()
+            saved = time.monotonic()
+    bar.close()
+    if rank == 0:
+        run.save()
+    return psnr
+
+
+def agreed(stop, run, world):
+    """Whether to stop: in one process at once, in several when all have looked (every tenth step)."""
+    if world == 1:
+        return bool(stop)
+    if run.step % 10:
+        return False
+    flag = torch.tensor([float(bool(stop))], device=run.device)
+    dist.all_reduce(flag)
+    return bool(flag.item())
+
+
+def require_finite(terms, run, names):
+    """Stops before an update by a loss that is NaN or infinite; what the run folder holds stays as it is."""
+    if not torch.isfinite(sum(terms.values())):
+        bad = next(name for name, value in terms.items() if not torch.isfinite(value))
+        raise ConfigError(f"the term {bad} is {float(terms[bad].detach())} at step {run.step}, on patches of {', '.join(sorted(set(names)))}; "
+                          f"{run.out} keeps the last good state. A lower --lr or --precision float32 may help")
+
+
+def train(c, command=""):
+    """One run, from a Config to a trained student in its folder. Raises ConfigError, DataError or CheckpointError."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(c)
+    teacher = load_teacher(c)
+    c.scale = c.scale or (teacher.scale if teacher else 4)
+    c = complete(c, teacher)
+    check(c, world)
+    torch.manual_seed(c.seed)
+    student = build_student(c, teacher)
+    c.out = c.out or f"runs/{c.method}_{c.student}_x{c.scale}"
+    check_out(c)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+        if rank:
+            dist.barrier()  # rank 0 decodes first; the others find its store
+    patches, held = prepare_data(c, device)
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+    torch.backends.cudnn.benchmark = True
+    place = lambda net: net.to(device, memory_format=torch.channels_last) if net else None
+    student, teacher = place(student), place(teacher)
+    half = c.precision == "bfloat16" or (c.precision == "auto" and device.type == "cuda")
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=half)
+    features = FeatureLoss(student, teacher, c) if c.method in FEATURE_LOSSES else None
+    run = Run(c, student, features, device)
+    if rank == 0:
+        report(run, teacher, patches, held, features, amp, half)
+        start(run, teacher, held, command)
+    elif c.resume:
+        run.restore()
+    stop = listen()
+    psnr = fit(run, teacher, patches, held, features, amp, stop, rank, world)
+    if rank == 0:
+        conclude(run, psnr)
+    if world > 1:
+        dist.destroy_process_group()
+    if stop:
+        raise SystemExit(128 + stop[0])
+    return run
+
+
+def choose_device(c):
+    """--device, or the GPU of this process where there is one, or the CPU."""
+    name = c.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"--device {name} is not there; this machine has cpu"
+                          + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))) from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def check(c, world):
+    """ConfigError for numbers that make no sense."""
+    least = dict(steps=1, batch=1, patch=1, crops=1, log_every=1, lr=0, ema=0, holdout=0, lambda_rec=0, lambda_kd=0, lambda_dukd=0,
+                 lambda_feature=0, p=0, val_every=0, stop_at=0, ram=0, save_minutes=0)
+    for name, value in ((n, getattr(c, n)) for n in least):
+        if not (math.isfinite(value) and value >= least[name]):
+            raise ConfigError(f"{flag(name)} must be at least {least[name]}, not {value}")
+    if c.p > 1 or c.ema >= 1:
+        raise ConfigError(f"--p {c.p} and --ema {c.ema}: a probability is at most 1, a decay below 1")
+    if c.patch > 1024 or c.batch > 65536:
+        raise ConfigError(f"--patch {c.patch} and --batch {c.batch}: at most 1024 and 65536")
+    if c.zoom_out and c.patch % c.scale:
+        raise ConfigError(f"zoom-out reduces the LR patch by {c.scale}: --patch {c.patch} must be a multiple of it (or --no-zoom-out)")
+    if c.batch % world:
+        raise ConfigError(f"--batch {c.batch} cannot be shared by {world} processes")
+    if not term_names(c):
+        raise ConfigError("every loss term is off: nothing to learn from")
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_out(c):
+    out = Path(c.out)
+    if c.resume and not (out / "last.ckpt").is_file():
+        raise ConfigError(f"{out} holds no run to resume (no last.ckpt)")
+    if not c.resume and out.exists():
+        raise ConfigError(f"{out} exists already: --resume goes on with it, another --out starts a new run")
+
+
+def report(run, teacher, patches, held, features, amp, half):
+    """What is about to run, in a few lines: networks, costs, held-out PSNR, data."""
+    c, s = run.c, run.c.scale
+
+    def line(role, net, name):
+        text = f"{role:8}{name}: {describe(net.config)}; {models.parameters(net) / 1e6:.2f} M parameters"
+        with contextlib.suppress(Exception):  # some foreign networks cannot be counted
+            text += f", {models.multiply_adds(net) / 1e9:.1f} G multiply-adds (1280x720)"
+        return text
+    psnr = lambda net: f", held-out {validate(net, held, run.device, amp)[0]:.2f} dB" if held else ""
+    if teacher:
+        print(line("teacher", teacher, c.teacher) + psnr(teacher))
+        if models.parameters(teacher) < models.parameters(run.student):
+            print("warning: the student is larger than its teacher")
+    print(line("student", run.student, c.student) + (psnr(run.student) if c.init else ""))
+    for text in features.lines if features else ():
+        print(f"tap     {text}")
+    pixels = run_pixels(patches.store) / 1e6
+    bicubic = np.mean([evaluate.psnr_y(data.imresize(lr, s), hr, s) for _, lr, hr in held]) if held else math.nan
+    print(f"data    {len(patches.store)} images, {pixels:.1f} Mpixel; held out {len(held)}, bicubic {bicubic:.2f} dB")
+    print(f"run     {c.out}: {c.method}, {c.steps} steps of {c.batch} on {run.device} ({'bfloat16' if half else 'float32'}); "
+          f"L = {' + '.join(term_names(c))}", flush=True)
+
+
+def run_pixels(store):
+    return int((store.hr[:, 1] * store.hr[:, 2]).sum())
+
+
+def conclude(run, psnr):
+    """The last lines: where the student is, how good, or how to go on."""
+    again = f"python train.py --resume --out {shlex.quote(str(run.out))}"
+    if run.step < run.c.steps:
+        print(f"stopped after step {run.step} of {run.c.steps}; go on with: {again}")
+    elif psnr is not None:
+        print(f"held-out PSNR {psnr:.2f} dB at the end, {run.best:.2f} dB at best\n"
+              f"student: {run.out / 'student.pt'} (at the end), {run.out / 'best.pt'} (best held-out)")
+
+
+def listen():
+    """SIGINT and SIGTERM finish the step, save and stop; returns the list that will hold the signal."""
+    caught = []
+
+    def handler(number, frame):
+        if caught:  # asked twice: at once
+            raise SystemExit(128 + number)
+        caught.append(number)
+    with contextlib.suppress(ValueError):  # only the main thread may listen
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+    return caught
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, and the nearest flag for one that does not exist."""
+
+    def error(self, message):
+        known = [o for a in self._actions for o in a.option_strings]
+        if message.startswith("unrecognized arguments:"):
+            wrong = message.split()[2].split("=")[0]
+            near = difflib.get_close_matches(wrong, known, 1)
+            message = f"unknown argument {wrong}{f'; did you mean {near[0]}?' if near else '; see --help'}"
+        self.exit(2, f"error: {message}\n")
+
+
+def parse(argv):
+    """The command line as a Config. With --resume, the run's own settings; others may not contradict them."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        settings = dict(f.metadata)
+        if "action" not in settings:
+            kind = f.type if isinstance(f.type, type) else {"int": int, "float": float, "str": str, "list": str}[f.type]
+            settings["type"] = str if kind is list else kind
+            settings.update({"nargs": "*"} if kind is list else {})
+            if f.default not in (None, "", dataclasses.MISSING) and f.default:
+                settings["help"] += " [%(const)s]" if False else f" [{f.default}]"
+            settings.setdefault("metavar", None if "choices" in settings else settings["type"].__name__.upper())
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **settings)
+    given = vars(parser.parse_args(argv))
+    c = Config(**given)
+    return resumed(c, given) if c.resume else c
+
+
+def resumed(c, given):
+    """The Config of the run in --out, with the given settings that may change."""
+    if not c.out:
+        raise ConfigError("--resume needs --out, the run folder to go on with")
+    try:
+        old = json.loads((Path(c.out) / "config.json").read_text())["config"]
+        before = Config(**old)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{c.out} holds no run to resume (no readable config.json)") from None
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != getattr(before, name):
+            raise ConfigError(f"{flag(name)} {value} contradicts the run in {c.out} ({getattr(before, name)}); leave it out")
+    return dataclasses.replace(before, **{k: v for k, v in given.items() if k in MAY_CHANGE})
+
+
+def main(argv=None):
+    try:
+        c = parse(sys.argv[1:] if argv is None else argv)
+        train(c, command=shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]))
+    except (ConfigError, data.DataError, models.CheckpointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
