@@ -21,6 +21,9 @@ from tqdm import tqdm
 from dukd import bicubic_resize, bicubic_taps
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"}
+# The kind of picture that a file's mode is read as, where it is not its own; transparency: of a palette or one colour.
+WITHOUT_ALPHA = dict(P="RGB", PA="RGBA", CMYK="RGB", YCbCr="RGB", LAB="RGB", HSV="RGB")
+WITH_ALPHA = WITHOUT_ALPHA | dict(P="RGBA", L="LA", RGB="RGBA") | {"1": "LA"}
 # scikit-image's natural photographs, all inside its wheel. The second list is held out for validation.
 EMBEDDED_TRAIN = ("astronaut.png", "brick.png", "camera.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
                   "moon.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg")
@@ -46,12 +49,14 @@ def read_picture(path):
     try:
         with iio.imopen(content, "r", plugin="pillow") as file:
             frames = file.properties(index=...).n_images or 1
-            mode = file.metadata(index=0, exclude_applied=False)["mode"]
-            image = file.read(index=0, rotate=True, mode="RGB" if mode in ("CMYK", "YCbCr", "LAB", "HSV") else None)
+            about = file.metadata(index=0, exclude_applied=False)
+            modes = WITH_ALPHA if "transparency" in about else WITHOUT_ALPHA
+            image = file.read(index=0, rotate=True, mode=modes.get(about["mode"]))
     except Exception as e:  # Pillow raises a dozen kinds for broken files; its text names the defect
-        detail = str(e).splitlines()[0][:120] if str(e) and "BytesIO" not in str(e) and "<bytes>" not in str(e) else ""
+        e = e.__cause__ if "`pillow`" in str(e) else e  # imageio's general words; the cause is behind them
+        detail = str(e).splitlines()[0][:120] if e and str(e) and "BytesIO" not in str(e) and "<bytes>" not in str(e) else ""
         raise DataError(f"{path} is not a readable image{f' ({detail})' if detail else ''}") from None
-    if frames > 1 and mode != "MPO" and not str(path).lower().endswith((".jpg", ".jpeg")):
+    if frames > 1 and not content.startswith(b"\xff\xd8"):  # a JPEG's further pictures are previews
         raise DataError(f"{path} holds {frames} frames; split it into single pictures")
     return _to_uint8(image, path)
 
@@ -161,7 +166,10 @@ def match_lr(paths, lr_places, scale):
     """The LR file of each HR file: 0001.png pairs with 0001x4.png, 0001_x4.png or 0001.png. DataError where one lacks."""
     if not lr_places:
         return [None] * len(paths)
-    by_stem = {p.stem: p for p in find_images(lr_places)}
+    files = find_images(lr_places)
+    by_stem = {p.stem: p for p in files}
+    if twins := [p for p in files if by_stem[p.stem] != p]:
+        raise DataError(f"{twins[0]} and {by_stem[twins[0].stem]} have the same name: which HR image is whose cannot be told")
     matched = [next((by_stem[n] for n in (f"{p.stem}x{scale}", f"{p.stem}_x{scale}", p.stem) if n in by_stem), None)
                for p in paths]
     if None in matched:
@@ -200,9 +208,9 @@ def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False)
     skip_bad leaves unusable images out, each with a line, instead of raising their DataError."""
     key = store_key(paths, lr_paths, scale, least)
     file = Path(cache) / f"{key}.pixels"
-    if (found := open_store(file)) is not None:
+    if (found := open_store(file)) is not None and (skip_bad or len(found) == len(paths)):
         return found
-    memory, spill, tables, names, done = [], None, ([], []), [], 0
+    memory, spill, tables, names, done = deque(), None, ([], []), [], 0
     try:
         for path, result in _decoded(paths, lr_paths, scale, least):
             if isinstance(result, DataError):
@@ -219,17 +227,23 @@ def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 spill = tempfile.NamedTemporaryFile(dir=file.parent, prefix=key, suffix=".tmp", delete=False)
             if spill is not None:
-                for image in memory:
-                    spill.write(image.data)
-                memory.clear()
+                while memory:
+                    spill.write(memory.popleft().data)
         if not names:
             raise DataError("no usable image is left to train on")
         if spill is None:
-            pixels = torch.from_numpy(np.concatenate(memory)).view(-1, 3)
-            return Store(pixels, torch.tensor(tables[1]), torch.tensor(tables[0]), names)
+            pixels, at = torch.empty(done, dtype=torch.uint8), 0
+            while memory:  # each image's own array goes as its copy comes
+                image = torch.from_numpy(memory.popleft())
+                pixels[at:at + len(image)] = image
+                at += len(image)
+            return Store(pixels.view(-1, 3), torch.tensor(tables[1]), torch.tensor(tables[0]), names)
         spill.flush()
         os.fsync(spill.fileno())
         os.replace(spill.name, file)
+        index = file.with_suffix(".json.tmp")
+        index.write_text(json.dumps(dict(bytes=done, lr=tables[0], hr=tables[1], names=names)))
+        os.replace(index, file.with_suffix(".json"))  # last: a store without its index does not count
     except OSError as e:
         raise DataError(f"{cache}: the decoded images ({done / 2**30:.1f} GiB so far) cannot be stored there: "
                         f"{e.strerror or e}; free space, or name another folder with --cache") from None
@@ -237,10 +251,6 @@ def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False)
         if spill is not None:
             spill.close()
             Path(spill.name).unlink(missing_ok=True)
-    index = dict(bytes=done, lr=tables[0], hr=tables[1], names=names)
-    index_file = file.with_suffix(".json")
-    index_file.with_suffix(".json.tmp").write_text(json.dumps(index))
-    os.replace(index_file.with_suffix(".json.tmp"), index_file)  # last: a store without its index does not count
     return open_store(file)
 
 
@@ -248,7 +258,10 @@ def store_key(paths, lr_paths, scale, least):
     """The cache's name for these very files (path, size, time) at this scale."""
     digest = hashlib.sha256(json.dumps(["store 1", scale, least]).encode())
     for path in [*paths, *(p for p in lr_paths if p)]:
-        stat = os.stat(path)
+        try:
+            stat = os.stat(path)
+        except OSError as e:
+            raise DataError(f"{path} cannot be read: {e.strerror or e}") from None
         digest.update(f"{Path(path).resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:20]
 
@@ -257,12 +270,13 @@ def open_store(file):
     """The Store in a mapped file, or None where there is none, or none that is whole."""
     try:
         index = json.loads(file.with_suffix(".json").read_text())
+        tables = [torch.tensor(index[name]).view(len(index["names"]), 3) for name in ("hr", "lr")]
         if file.stat().st_size != index["bytes"]:
             return None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None
     pixels = torch.from_file(str(file), shared=False, size=index["bytes"], dtype=torch.uint8).view(-1, 3)
-    return Store(pixels, torch.tensor(index["hr"]), torch.tensor(index["lr"]), index["names"], file)
+    return Store(pixels, *tables, index["names"], file)
 
 
 def _decoded(paths, lr_paths, scale, least):

@@ -103,10 +103,12 @@ class InvertibleAugmentation:
     def sample(cls, n, ops=OPERATIONS, p=0.3, generator=None, device=None):
         """Draws, for each of n samples and each operation independently, whether it is applied (probability p).
 
-        Drawn on the generator's device (the default: the CPU's), held on `device`. ValueError for an unknown
-        operation or p outside [0,1]."""
+        Drawn on the generator's device (the default: the CPU's), held on `device`. ValueError for an operation that
+        is unknown or named twice, or p outside [0,1]."""
         if unknown := [op for op in ops if op not in OPERATIONS]:
             raise ValueError(f"unknown operation '{unknown[0]}'; known: {', '.join(OPERATIONS)}")
+        if len(set(ops)) < len(ops):
+            raise ValueError(f"an operation is named twice: {', '.join(ops)}")
         if not 0 <= p <= 1:
             raise ValueError(f"p = {p} is not a probability")
         where = generator.device if generator is not None else "cpu"
@@ -197,7 +199,7 @@ class Taps:
     def __init__(self, model, names):
         known = dict(model.named_modules())
         if missing := [n for n in names if n not in known]:
-            raise ValueError(f"no tap '{missing[0]}' in the {type(model).__name__}; it has {', '.join(known)[1:200]}…")
+            raise ValueError(f"{type(model).__name__} has no submodule '{missing[0]}' to tap")
         self.modules, self.features, self.handles = [known[n] for n in names], [], []
 
     def __enter__(self):

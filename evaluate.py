@@ -9,7 +9,11 @@ Protocol: HR cropped to a multiple of s, LR by MATLAB's bicubic, SR rounded to u
 luma Y of BT.601 in 16–235 (unrounded), SSIM with an 11×11 Gaussian of σ 1.5.
 """
 import argparse
+import datetime
 import json
+import platform
+import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -134,3 +138,273 @@ def self_ensemble(model, x, tile=0):
             y = upscale(model, y.transpose(-1, -2) if transpose else y, tile)
             total = total + (y.transpose(-1, -2) if transpose else y).flip(flips)
     return total / 8
+
+
+class Bicubic(torch.nn.Module):
+    """MATLAB's bicubic behind a network's interface, for `--input` and figures."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.receptive_radius = scale, 3
+
+    def forward(self, x):
+        return data.imresize(x, self.scale)
+
+
+# ------------------------------------------------------------------------------------------------ tables
+def score_set(row, pairs, options):
+    """Mean PSNR, mean SSIM, the images' own figures and seconds an image of one row of the table on one set.
+
+    row: a network, a Bicubic, or {image name: file} for pictures made elsewhere; pairs: [(name, lr, hr)]."""
+    figures, seconds = {}, []
+    for name, lr, hr in tqdm(pairs, leave=False, unit="image"):
+        began = time.perf_counter()
+        if isinstance(row, Bicubic):
+            a, b = published_bicubic(hr, row.scale)
+        else:
+            sr = data.read_image(row[name]) if isinstance(row, dict) else picture(row, lr, options)
+        seconds.append(time.perf_counter() - began)
+        if not isinstance(row, Bicubic):
+            if sr.shape != hr.shape:
+                raise data.DataError(f"{row[name]} is {sr.shape[1]}x{sr.shape[0]}, but its HR image {name}, cropped to a "
+                                     f"multiple of {options.scale}, is {hr.shape[1]}x{hr.shape[0]}")
+            a, b = planes(sr, hr, options.scale)
+        figures[name] = (psnr(a, b), ssim(a, b))
+    mean = np.mean(list(figures.values()), axis=0)
+    return dict(psnr=float(mean[0]), ssim=float(mean[1]), seconds=float(np.median(seconds)),
+                images={k: dict(psnr=p, ssim=s) for k, (p, s) in figures.items()})
+
+
+def picture(model, lr, options):
+    """A network's uint8 picture of a uint8 LR picture (H,W,3)."""
+    run = self_ensemble if options.self_ensemble else upscale
+    with torch.no_grad(), torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+        return to_uint8(run(model, to_tensor(lr, options.device), options.tile))
+
+
+def read_set(place, scale):
+    """[(name, lr, hr)] of a folder of HR pictures. DataError for one too small to score."""
+    pairs = []
+    for path in data.find_images([place]):
+        lr, hr = data.read_pair(path, None, scale)
+        if min(hr.shape[:2]) < 11 + 2 * scale:
+            raise data.DataError(f"{path}, {hr.shape[1]}x{hr.shape[0]} when cropped to a multiple of {scale}, is too small for SSIM's "
+                                 f"11x11 window inside a border of {scale}")
+        pairs.append((path.stem, lr, hr))
+    return pairs
+
+
+def match_results(place, names, scale):
+    """The file in `place` that belongs to each HR picture: babyx4, baby_x4, baby_ANY_x4, baby or baby_ANY for baby."""
+    files = data.find_images([place])
+
+    def rank(stem, name):  # 0 is the surest
+        forms = (f"{name}x{scale}", f"{name}_x{scale}", name)
+        if stem in forms:
+            return forms.index(stem)
+        if stem.startswith(f"{name}_"):
+            return 3 if stem.endswith((f"_x{scale}", f"x{scale}")) else 4
+        return None
+    found = {}
+    for name in names:
+        ranked = sorted((r, p.name, p) for p in files if (r := rank(p.stem, name)) is not None)
+        # img_1 and img_1_2 are both HR pictures: what begins with the longer name belongs to it
+        ranked = [p for r, _, p in ranked if r < 3 or not any(len(o) > len(name) and rank(p.stem, o) is not None for o in names)]
+        if not ranked:
+            raise data.DataError(f"{place} has no picture for {name}: looked for {name}x{scale}, {name}_x{scale}, {name}_…_x{scale}")
+        found[name] = ranked[0]
+    return found
+
+
+def provenance(command, device):
+    """What a figure needs to be made again: command, commit of this code ("" outside a repository), versions, device, time."""
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).resolve().parent,
+                             capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        git = ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return dict(command=command, git=git, device=str(device), device_name=name, threads=torch.get_num_threads(),
+                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+                started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
+
+
+def table(rows, sets, results):
+    """The text of the table: a line a model, a column a set."""
+    head = ["model", "params", "madds", *(f"{s} PSNR/SSIM" for s in sets), "s/image"]
+    lines = [head]
+    for name, row in rows.items():
+        size = models.parameters(row) if isinstance(row, torch.nn.Module) else 0
+        try:
+            cost = f"{models.multiply_adds(row) / 1e9:.1f} G" if size else "-"
+        except Exception:  # a foreign network with operations that cannot be counted
+            cost = "?"
+        scores = [results[name][s] for s in sets]
+        lines.append([name, f"{size / 1e6:.2f} M" if size else "-", cost,
+                      *(f"{r['psnr']:.2f}/{r['ssim']:.4f}" for r in scores), f"{np.median([r['seconds'] for r in scores]):.3f}"])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+                     for line in lines)
+
+
+def evaluate(rows, options):
+    """Prints the table of all rows on all sets; --json also writes it, with each image's figures."""
+    results, sets = {name: {} for name in rows}, {}
+    for place in options.data:
+        sets[Path(place).name or str(place)] = read_set(place, options.scale)
+    for name, row in rows.items():
+        for label, pairs in sets.items():
+            source = match_results(row, [n for n, _, _ in pairs], options.scale) if isinstance(row, Path) else row
+            results[name][label] = score_set(source, pairs, options)
+    print(table(rows, sets, results))
+    if options.json:
+        about = dict(**provenance(options.command, options.device), scale=options.scale, precision=options.precision,
+                     self_ensemble=options.self_ensemble, results=results)
+        write_text(options.json, json.dumps(about, indent=1))
+    if options.figure:
+        label, pairs = next(iter(sets.items()))
+        write_picture(options.figure, figure(rows, pairs[options.image % len(pairs)], options))
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+def figure(rows, pair, options, size=96):
+    """Crops of HR and of every row side by side, 3× enlarged, the crop chosen where bicubic errs most."""
+    name, lr, hr = pair
+    s, size = options.scale, min(size, *hr.shape[:2])
+    pictures = {"HR": hr} | {label: picture(row, lr, options) for label, row in rows.items() if not isinstance(row, Path)}
+    pictures |= {label: data.read_image(match_results(row, [name], s)[name]) for label, row in rows.items() if isinstance(row, Path)}
+    error = np.abs(luma(data.imresize(lr, s)) - luma(hr))
+    sums = np.pad(error.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    box = sums[size:, size:] - sums[:-size, size:] - sums[size:, :-size] + sums[:-size, :-size]
+    top, left = np.unravel_index(box.argmax(), box.shape)
+    crops = [p[top:top + size, left:left + size].repeat(3, 0).repeat(3, 1) for p in pictures.values()]
+    gap = np.full((crops[0].shape[0], 6, 3), 255, np.uint8)
+    print(f"figure: {name} at ({left}, {top}), {size}x{size} pixels; left to right: {', '.join(pictures)}")
+    return np.concatenate([part for crop in crops for part in (crop, gap)][:-1], axis=1)
+
+
+def upscale_files(model, options):
+    """Upscales a picture or a folder of pictures into --output; grey stays grey, and alpha is upscaled bicubically."""
+    paths, out = data.find_images([options.input]), Path(options.output)
+    if out.suffix.lower() in data.EXTENSIONS and (len(paths) > 1 or Path(options.input).is_dir()):
+        raise data.DataError(f"--output {out} is a file name, but --input is a folder: name a folder")
+    single = out.suffix.lower() in data.EXTENSIONS
+    targets = [out] if single else [out / f"{p.stem}_x{options.scale}.png" for p in paths]
+    if clash := next((t for t in targets if t.exists() or targets.count(t) > 1), None):
+        raise data.DataError(f"{clash} exists already, or two pictures would go there: nothing is overwritten, name another --output")
+    make_folder(out.parent if single else out)
+    for path, target in zip(tqdm(paths, unit="picture", disable=len(paths) == 1), targets):
+        image = data.read_picture(path)
+        channels = image.shape[2]
+        rgb = image[..., :3] if channels >= 3 else image[..., :1].repeat(3, 2)
+        big = picture(model, rgb, options)
+        if channels < 3:  # the three channels of a grey input differ by less than a grey level
+            big = np.floor(big.mean(2, keepdims=True) + 0.5).astype(np.uint8)
+        if channels in (2, 4):
+            if target.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
+                raise data.DataError(f"{path} has alpha, which {target.suffix} cannot hold: write a .png")
+            big = np.concatenate([big, data.imresize(image[..., -1:], options.scale)], axis=2)
+        write_picture(target, big)
+        tqdm.write(f"{target}  {big.shape[1]}x{big.shape[0]}")
+
+
+def make_folder(folder):
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise data.DataError(f"{folder} cannot be made: {e.strerror or e}") from None
+
+
+def write_picture(path, image):
+    """Writes a uint8 picture (H,W,C); grey as (H,W)."""
+    try:
+        iio.imwrite(path, image[..., 0] if image.shape[2] == 1 else image, plugin="pillow")
+    except (OSError, ValueError) as e:
+        raise data.DataError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}") from None
+
+
+def write_text(path, text):
+    try:
+        Path(path).write_text(text)
+    except OSError as e:
+        raise data.DataError(f"{path} cannot be written: {e.strerror or e}") from None
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
+def parse(argv):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("models", nargs="*", metavar="MODEL", help="checkpoints of any known format, and the word bicubic")
+    p.add_argument("--data", nargs="+", default=[], metavar="DIR", help="folders of HR pictures, one column each")
+    p.add_argument("--sr", nargs="+", default=[], metavar="DIR", help="folders of pictures made by any other tool, one row each")
+    p.add_argument("--scale", type=int, help="s, where no checkpoint tells it", choices=models.SCALES)
+    p.add_argument("--json", default="", metavar="FILE", help="write the table and each image's figures")
+    p.add_argument("--figure", default="", metavar="FILE", help="write crops of HR and of each row, side by side")
+    p.add_argument("--image", type=int, default=0, metavar="N", help="which picture of the first set --figure shows [0]")
+    p.add_argument("--input", default="", metavar="FILE|DIR", help="pictures to upscale")
+    p.add_argument("--output", default="", metavar="FILE|DIR", help="where they go")
+    p.add_argument("--tile", type=int, default=256, help="LR pixels a side of a tile; 0: the whole picture at once [256]")
+    p.add_argument("--self-ensemble", action="store_true", help="mean over the eight flips and transpositions")
+    p.add_argument("--device", default="", help="cpu, cuda, cuda:1, … [cuda where there is one]")
+    p.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="of the networks [float32]")
+    p.add_argument("--res-scale", type=float, help="EDSR's residual scale, where a file departs from the published models")
+    return p.parse_args(argv)
+
+
+def load_rows(options):
+    """{name: network | Bicubic | folder} in the order given; fixes options.scale and options.device."""
+    try:
+        options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=options.device)
+    except (RuntimeError, AssertionError):
+        raise data.DataError(f"--device {options.device} is not there") from None
+    override = {} if options.res_scale is None else dict(res_scale=options.res_scale)
+    rows, scale = {}, options.scale
+    for name in options.models:
+        net = None if name == "bicubic" else models.load(name, **override)
+        if net is not None and scale not in (None, net.scale):
+            raise data.DataError(f"{name} is a x{net.scale} network, but the others (or --scale) are x{scale}")
+        scale = net.scale if net is not None else scale
+        rows[label_of(name, options.models)] = net
+    if scale is None:
+        raise data.DataError("no checkpoint tells the scale: give --scale")
+    options.scale = scale
+    place = lambda net: net.to(options.device, memory_format=torch.channels_last)
+    rows = {name: place(Bicubic(scale) if net is None else net) for name, net in rows.items()}
+    return rows | {str(place): Path(place) for place in options.sr}
+
+
+def label_of(name, names):
+    """A file's name in the table: its last part, or its path where another model has that last part."""
+    return name if sum(Path(n).name == Path(name).name for n in names) > 1 else Path(name).name
+
+
+def main(argv=None):
+    try:
+        argv = sys.argv[1:] if argv is None else argv
+        options = parse(argv)
+        options.command = shlex.join(["python", "evaluate.py", *argv])
+        if not options.models and not options.sr:
+            raise data.DataError("name a checkpoint, or bicubic, or a folder with --sr (see --help)")
+        if bool(options.input) != bool(options.output) or not (options.input or options.data):
+            raise data.DataError("give --data DIR to score, or --input and --output to upscale")
+        if options.tile < 0:
+            raise data.DataError(f"--tile {options.tile} must be 0 or more")
+        rows = load_rows(options)
+        if options.data:
+            evaluate(rows, options)
+        if options.input:
+            if len(rows) != 1:
+                raise data.DataError("--input takes one model")
+            upscale_files(next(iter(rows.values())), options)
+    except (data.DataError, models.CheckpointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -409,13 +409,22 @@ def multiply_adds(model, width=1280, height=720):
 
 
 # ------------------------------------------------------------------------------------------------ files
-def write_atomically(write, path):
-    """Calls write(temporary path), flushes it to the disk and renames it to `path`: a kill leaves old or new, whole."""
+def write_atomically(write, path, keep=None):
+    """Calls write(temporary path), flushes it to the disk and renames it to `path`: a kill leaves old or new, whole.
+
+    keep: where the old file goes. CheckpointError where writing fails (a full disk, say), with the old file as it was."""
     temporary = f"{path}.tmp"
-    write(temporary)
-    with open(temporary, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        if keep and os.path.exists(path):
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError when the disk is full
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise CheckpointError(f"{path} cannot be written: {str(e).splitlines()[0]}") from None
 
 
 def save(path, model, raw=None):
@@ -490,7 +499,7 @@ AUTHORS_NAMES = [
 def translate(state, path):
     """A state dict under our names, and what its mean-shift layers say of the input: {} or {mean, img_range}."""
     settings = {}
-    if "sub_mean.bias" in state:
+    if {"sub_mean.weight", "sub_mean.bias"} <= state.keys():
         shift, weight = -state["sub_mean.bias"].double().flatten(), state["sub_mean.weight"].double()
         if shift.numel() != 3 or not torch.equal(weight.flatten(1), torch.eye(3, dtype=torch.float64)):
             raise CheckpointError(f"{path}: its sub_mean layer is not a plain mean shift of three colours")

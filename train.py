@@ -18,10 +18,8 @@ import difflib
 import json
 import math
 import os
-import platform
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -41,6 +39,7 @@ from dukd import (OPERATIONS, InvertibleAugmentation, Taps, adapters, at_loss, d
                   reconstruction_loss, response_kd_loss, zoom_in, zoom_out)
 
 METHODS = ("dukd", "kd", "scratch", "fitnet", "at", "fakd")
+CHECKPOINTS = ("last.ckpt", "previous.ckpt")  # all that --resume needs, and the one before
 FEATURE_LOSSES = {"fitnet": fitnet_loss, "at": at_loss, "fakd": fakd_loss}
 
 
@@ -58,17 +57,17 @@ def option(default, text, **extra):
 class Config:
     """Everything a run depends on. The defaults are the paper's recipe; None means "the paper's value for this
     pair of networks" and is filled in by `complete`."""
-    teacher: str = option("", "checkpoint of the frozen teacher f_T, any known format")
-    student: str = option("small", f"the student f_S: small (the paper's for this teacher), {models.NAMES_HELP}")
+    teacher: str = option("", "checkpoint of the frozen teacher f_T, any known format", metavar="FILE")
+    student: str = option("small", f"the student f_S: small (the paper's for this teacher), {models.NAMES_HELP}", metavar="NAME")
     method: str = option("dukd", "which losses the student learns from", choices=METHODS)
-    scale: int = option(None, "s: 2, 3, 4 or 8 (default: the teacher's, else 4)")
+    scale: int = option(None, "s (default: the teacher's, else 4)", choices=models.SCALES)
     data: list = option([], "folders of HR training images (default: scikit-image's photographs)", metavar="DIR")
     lr_data: list = option([], "folders of their LR images, if not to be made (0001x4.png pairs with 0001.png)", metavar="DIR")
     val: list = option([], "folders of held-out HR images (default: --holdout images of the data)", metavar="DIR")
     holdout: int = option(10, "without --val: how many of the --data images are held out, evenly spaced")
-    out: str = option("", "run folder (default: runs/METHOD_STUDENT_xSCALE)")
+    out: str = option("", "run folder (default: runs/METHOD_STUDENT_xSCALE)", metavar="DIR")
     resume: bool = option(False, "go on with the run in --out", action="store_true")
-    init: str = option("", "checkpoint to start the student from: same shape, or another scale (all but the upsampler)")
+    init: str = option("", "checkpoint to start the student from: same shape, or another scale (all but the upsampler)", metavar="FILE")
     # Section 4.1, training details
     steps: int = option(250_000, "updates; the schedule's milestones scale with it")
     batch: int = option(16, "training pairs in an update, over all processes")
@@ -92,11 +91,11 @@ class Config:
     taps: list = option([], "feature taps STUDENT:TEACHER, e.g. body.5:body.10 (default: at thirds of the depth)", metavar="S:T")
     full_maps: bool = option(False, "fitnet on whole feature maps, through 1x1 adapters, instead of channel means", action="store_true")
     # How it runs
-    device: str = option("", "cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    precision: str = option("auto", "of the networks' forward and backward (auto: bfloat16 on CUDA, float32 on the CPU); "
-                                    "weights and losses are float32", choices=("auto", "float32", "bfloat16"))
+    device: str = option("", "cpu, cuda, cuda:1, … (default: cuda where there is one)", metavar="NAME")
+    precision: str = option("auto", "of the networks' forward and backward (auto: bfloat16 where the device computes in "
+                                    "it, else float32); weights and losses are float32", choices=("auto", "float32", "bfloat16"))
     ram: float = option(1.0, "GiB of decoded images kept in memory; more go to a mapped file in --cache")
-    cache: str = option("", "folder of decoded images (default: ~/.cache/dukd)")
+    cache: str = option("", "folder of decoded images (default: ~/.cache/dukd)", metavar="DIR")
     skip_bad: bool = option(False, "leave unusable training images out, with a line each", action="store_true")
     val_every: int = option(0, "steps between validations (default: a tenth of the run, at most 5000)")
     log_every: int = option(10, "steps between rows of log.csv, each the mean since the last")
@@ -169,12 +168,12 @@ def split(x, n):
     return x[:n], x[n:]
 
 
-def update(student, optimizer, ema, terms, c, step):
-    """One Adam step on the sum of the terms, and the averaged weights after it."""
+def update(student, optimizer, ema, total, c, step):
+    """One Adam step on L, the sum of the terms, and the averaged weights after it."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, c)
     optimizer.zero_grad(set_to_none=True)
-    sum(terms.values()).backward()
+    total.backward()
     optimizer.step()
     decay = min(c.ema, (1 + step) / (10 + step))  # a short run is not averaged with its random start
     with torch.no_grad():
@@ -198,7 +197,10 @@ class FeatureLoss:
         if bad := [p for p in pairs if p.count(":") != 1]:
             raise ConfigError(f"--taps takes STUDENT:TEACHER, e.g. {student.taps[-1]}:{teacher.taps[-1]}, not '{bad[0]}'")
         names = list(zip(*(p.split(":") for p in pairs)))
-        self.taps = [Taps(net, n) for net, n in zip((student, teacher), names)]
+        try:
+            self.taps = [Taps(net, n) for net, n in zip((student, teacher), names)]
+        except ValueError as e:
+            raise ConfigError(f"--taps: {e}; e.g. {student.taps[-1]}:{teacher.taps[-1]}") from None
         device = next(student.parameters()).device
         with torch.no_grad(), self.watch():
             for net in (student, teacher):
@@ -252,24 +254,19 @@ def build_student(c, teacher):
         student = models.from_config(models.small(teacher))
     else:
         student = models.build(c.student, c.scale)
-    if c.init:
+    if c.init and not c.resume:
         initialise(student, models.load(c.init), c.init)
     return student
 
 
 def initialise(student, source, path):
     """Copies the weights of `source`: all of them, or, from another scale, all but the upsampler."""
-    own, given = student.state_dict(), source.state_dict()
-    if source.scale != student.scale:
-        given = {k: v for k, v in given.items() if not k.startswith("upsample.")}
-        missing = [k for k in own if k not in given and not k.startswith("upsample.")]
-    else:
-        missing = [k for k in own if k not in given]
-    wrong = missing + [k for k in given if k not in own or own[k].shape != given[k].shape]
-    if wrong:
+    kept = lambda state: {k: v for k, v in state.items() if source.scale == student.scale or not k.startswith("upsample.")}
+    own, given = kept(student.state_dict()), kept(source.state_dict())
+    if wrong := [k for k in {**own, **given} if k not in own or k not in given or own[k].shape != given[k].shape]:
         raise ConfigError(f"--init {path} does not have the student's shape: {wrong[0]} differs "
                           f"({describe(source.config)}; the student is {describe(student.config)})")
-    student.load_state_dict(own | given)
+    student.load_state_dict(given, strict=False)
 
 
 def describe(config):
@@ -295,16 +292,16 @@ def prepare_data(c, device):
     return data.Patches(store, c.patch, c.scale, device), [(p.stem, *data.read_pair(p, None, c.scale, 8)) for p in held]
 
 
-def validate(model, pairs, device, amp):
-    """Mean PSNR (Y) over held-out pairs, and the upscaled pictures."""
-    was_training = model.training
+def validate(model, pairs, device):
+    """Mean PSNR (Y) over held-out pairs, in float32, and the first four upscaled pictures."""
+    was_training, figures, pictures = model.training, [], []
     model.eval()
-    pictures = []
-    with amp:
-        for _, lr, _ in pairs:
-            pictures.append(evaluate.to_uint8(evaluate.upscale(model, evaluate.to_tensor(lr, device), tile=512)))
+    for _, lr, hr in pairs:
+        sr = evaluate.to_uint8(evaluate.upscale(model, evaluate.to_tensor(lr, device), tile=512))
+        figures.append(evaluate.psnr_y(sr, hr, model.scale))
+        pictures = pictures if len(pictures) == 4 else [*pictures, sr]
     model.train(was_training)
-    return float(np.mean([evaluate.psnr_y(sr, hr, model.scale) for sr, (_, _, hr) in zip(pictures, pairs)])), pictures
+    return float(np.mean(figures)), pictures
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -327,10 +324,16 @@ class Run:
                     random_cuda=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None)
 
     def restore(self):
-        try:
-            state = torch.load(self.out / "last.ckpt", map_location="cpu", weights_only=True)
-        except Exception as e:
-            raise ConfigError(f"{self.out / 'last.ckpt'} cannot be resumed from: {str(e).splitlines()[0][:160]}") from None
+        """Goes back to the last checkpoint that is whole."""
+        for path in (self.out / name for name in CHECKPOINTS):
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                break
+            except Exception as e:  # torch raises many kinds for a broken file
+                if path.exists():
+                    print(f"warning: {path} cannot be read ({str(e).splitlines()[0][:120]}); trying the one before", file=sys.stderr)
+        else:
+            raise ConfigError(f"{self.out} holds no checkpoint that can be read; start again with another --out")
         for part in ("student", "ema", "adapters", "optimizer"):
             getattr(self, part).load_state_dict(state[part])
         self.generator.set_state(state["generator"])
@@ -340,14 +343,14 @@ class Run:
         self.step, self.best, self.sums, self.counted = (state[k] for k in ("step", "best", "sums", "counted"))
 
     def save(self):
-        models.write_atomically(lambda f: torch.save(self.state(), f), self.out / "last.ckpt")
+        last, previous = (self.out / name for name in CHECKPOINTS)
+        models.write_atomically(lambda f: torch.save(self.state(), f), last, keep=previous)
         models.save(self.out / "student.pt", self.ema, raw=self.student.state_dict())
 
     def add(self, terms):
         """Collects a step's terms; every --log-every steps their means become a row of log.csv."""
-        with torch.no_grad():
-            for name, value in {**terms, "total": sum(terms.values())}.items():
-                self.sums[name] = self.sums.get(name, 0) + value.detach()
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.counted += 1
 
     def row(self, psnr=None):
@@ -359,13 +362,13 @@ class Run:
                                     *(f"{v:.8g}" for v in means.values()), "" if psnr is None else f"{psnr:.4f}"])
         return means
 
-    def validate(self, held, amp):
+    def validate(self, held):
         """Held-out PSNR of the averaged weights; where it is the best so far, best.pt and pictures of the first four."""
-        psnr, pictures = validate(self.ema, held, self.device, amp)
+        psnr, pictures = validate(self.ema, held, self.device)
         if psnr > self.best:
             self.best = psnr
             models.save(self.out / "best.pt", self.ema, raw=self.student.state_dict())
-            for (name, _, _), picture in zip(held[:4], pictures):
+            for (name, _, _), picture in zip(held, pictures):
                 iio.imwrite(self.out / "val" / f"{name}_x{self.c.scale}.png", picture)
         return psnr
 
@@ -377,15 +380,15 @@ def start(run, teacher, held, command):
     if c.resume:
         run.restore()
         with open(run.out / "log.csv", newline="") as f:  # what was logged after the checkpoint comes again
-            rows = [row for i, row in enumerate(csv.reader(f)) if i == 0 or (row and int(row[0]) <= run.step)]
+            whole = [row for row in csv.reader(f) if len(row) == len(columns)]  # a kill can cut the last row short
+            rows = [columns, *(row for row in whole[1:] if int(row[0]) <= run.step)]
     else:
-        (run.out / "val").mkdir(parents=True)
-        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-        name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.processor() or platform.machine()
-        about = dict(config=dataclasses.asdict(c), command=command, git=git_hash(), versions=versions,
-                     device=str(run.device), device_name=name, threads=torch.get_num_threads(),
-                     started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-                     student=run.student.config, teacher=teacher.config if teacher else None, held_out=[n for n, _, _ in held])
+        try:
+            (run.out / "val").mkdir(parents=True)
+        except OSError as e:
+            raise ConfigError(f"{run.out} cannot be made: {e.strerror or e}; name another --out") from None
+        about = dict(config=dataclasses.asdict(c), **evaluate.provenance(command, run.device), student=run.student.config,
+                     teacher=teacher.config if teacher else None, held_out=[n for n, _, _ in held])
         (run.out / "config.json").write_text(json.dumps(about, indent=1))
         rows = [columns]
     with open(run.out / "log.csv", "w", newline="") as f:
@@ -399,24 +402,14 @@ def term_names(c):
     return [name for name, value in on.items() if value]
 
 
-def git_hash():
-    """The commit of this code, or "" outside a repository."""
-    here = Path(__file__).resolve().parent
-    try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True,
-                              text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 def fit(run, teacher, patches, held, features, amp, stop, rank=0, world=1):
     """The loop: to the last step, to --stop-at, or until `stop` holds a signal. Returns the last held-out PSNR."""
     c, psnr, saved = run.c, None, time.monotonic()
-    student = DistributedDataParallel(run.student) if world > 1 else run.student
+    student = DistributedDataParallel(Trained(run.student, run.adapters), broadcast_buffers=False) if world > 1 else run.student
     part = slice(rank * c.batch // world, (rank + 1) * c.batch // world) if world > 1 else slice(None)
     val_every = c.val_every or min(max(c.steps // 10, 1), 5000)
     goal = min(c.stop_at or c.steps, c.steps)
-    student.train()
+    run.student.train()
     bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=rank > 0, dynamic_ncols=True)
     began, first, waited = time.monotonic(), run.step, 0.0
     while run.step < goal and not agreed(stop, run, world):
@@ -428,14 +421,15 @@ def fit(run, teacher, patches, held, features, amp, stop, rank=0, world=1):
         waited += time.monotonic() - before
 
         terms = loss_terms(student, teacher, lr, hr, c, run.generator, amp, part, features)
-        require_finite(terms, run, [patches.store.names[i] for i in where[part, 0].tolist()])
-        update(student, run.optimizer, run.ema, terms, c, run.step)
+        total = sum(terms.values())
+        require_finite(total, terms, run, [patches.store.names[i] for i in where[part, 0].tolist()])
+        update(run.student, run.optimizer, run.ema, total, c, run.step)
         run.step += 1
-        run.add(terms)
+        run.add({**terms, "total": total})
 
-        validated = run.step % val_every == 0 or run.step == c.steps
+        validated = held and (run.step % val_every == 0 or run.step == c.steps)
         if validated and rank == 0:
-            psnr = run.validate(held, amp)
+            psnr = run.validate(held)
         if rank == 0 and (validated or run.step % c.log_every == 0):
             means, spent = run.row(psnr if validated else None), time.monotonic() - began
             rate = (run.step - first) * c.batch / spent
@@ -451,6 +445,17 @@ def fit(run, teacher, patches, held, features, amp, stop, rank=0, world=1):
     return psnr
 
 
+class Trained(torch.nn.Module):
+    """All that is trained, in one module, so that DistributedDataParallel averages all of its gradients."""
+
+    def __init__(self, student, adapters):
+        super().__init__()
+        self.student, self.adapters = student, adapters
+
+    def forward(self, x):
+        return self.student(x)
+
+
 def agreed(stop, run, world):
     """Whether to stop: in one process at once, in several when all have looked (every tenth step)."""
     if world == 1:
@@ -462,11 +467,11 @@ def agreed(stop, run, world):
     return bool(flag.item())
 
 
-def require_finite(terms, run, names):
+def require_finite(total, terms, run, names):
     """Stops before an update by a loss that is NaN or infinite; what the run folder holds stays as it is."""
-    if not torch.isfinite(sum(terms.values())):
-        bad = next(name for name, value in terms.items() if not torch.isfinite(value))
-        raise ConfigError(f"the term {bad} is {float(terms[bad].detach())} at step {run.step}, on patches of {', '.join(sorted(set(names)))}; "
+    if not torch.isfinite(total):
+        bad = next((name for name, value in terms.items() if not torch.isfinite(value)), "total")
+        raise ConfigError(f"the term {bad} is no finite number at step {run.step + 1}, on patches of {', '.join(sorted(set(names)))}; "
                           f"{run.out} keeps the last good state. A lower --lr or --precision float32 may help")
 
 
@@ -493,17 +498,18 @@ def train(c, command=""):
     torch.backends.cudnn.benchmark = True
     place = lambda net: net.to(device, memory_format=torch.channels_last) if net else None
     student, teacher = place(student), place(teacher)
-    half = c.precision == "bfloat16" or (c.precision == "auto" and device.type == "cuda")
+    half = c.precision == "bfloat16" or (c.precision == "auto" and computes_bfloat16(device))
     amp = torch.autocast(device.type, torch.bfloat16, enabled=half)
     features = FeatureLoss(student, teacher, c) if c.method in FEATURE_LOSSES else None
+    torch.manual_seed(c.seed + rank)  # from here on it feeds only SwinIR's drop-path
     run = Run(c, student, features, device)
     if rank == 0:
-        report(run, teacher, patches, held, features, amp, half)
+        report(run, teacher, patches, held, features, half)
         start(run, teacher, held, command)
     elif c.resume:
         run.restore()
-    stop = listen()
-    psnr = fit(run, teacher, patches, held, features, amp, stop, rank, world)
+    with listening() as stop:
+        psnr = fit(run, teacher, patches, held, features, amp, stop, rank, world)
     if rank == 0:
         conclude(run, psnr)
     if world > 1:
@@ -527,6 +533,14 @@ def choose_device(c):
     return device
 
 
+def computes_bfloat16(device):
+    """Whether the device has bfloat16 arithmetic of its own (where it is emulated, it only slows down)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def check(c, world):
     """ConfigError for numbers that make no sense."""
     least = dict(steps=1, batch=1, patch=1, crops=1, log_every=1, lr=0, ema=0, holdout=0, lambda_rec=0, lambda_kd=0, lambda_dukd=0,
@@ -536,6 +550,8 @@ def check(c, world):
             raise ConfigError(f"{flag(name)} must be at least {least[name]}, not {value}")
     if c.p > 1 or c.ema >= 1:
         raise ConfigError(f"--p {c.p} and --ema {c.ema}: a probability is at most 1, a decay below 1")
+    if len(set(c.ops)) < len(c.ops):
+        raise ConfigError(f"--ops names an operation twice: {' '.join(c.ops)}")
     if c.patch > 1024 or c.batch > 65536:
         raise ConfigError(f"--patch {c.patch} and --batch {c.batch}: at most 1024 and 65536")
     if c.zoom_out and c.patch % c.scale:
@@ -552,13 +568,13 @@ def flag(name):
 
 def check_out(c):
     out = Path(c.out)
-    if c.resume and not (out / "last.ckpt").is_file():
-        raise ConfigError(f"{out} holds no run to resume (no last.ckpt)")
+    if c.resume and not any((out / name).is_file() for name in CHECKPOINTS):
+        raise ConfigError(f"{out} holds no run to resume (no {CHECKPOINTS[0]})")
     if not c.resume and out.exists():
         raise ConfigError(f"{out} exists already: --resume goes on with it, another --out starts a new run")
 
 
-def report(run, teacher, patches, held, features, amp, half):
+def report(run, teacher, patches, held, features, half):
     """What is about to run, in a few lines: networks, costs, held-out PSNR, data."""
     c, s = run.c, run.c.scale
 
@@ -567,7 +583,7 @@ def report(run, teacher, patches, held, features, amp, half):
         with contextlib.suppress(Exception):  # some foreign networks cannot be counted
             text += f", {models.multiply_adds(net) / 1e9:.1f} G multiply-adds (1280x720)"
         return text
-    psnr = lambda net: f", held-out {validate(net, held, run.device, amp)[0]:.2f} dB" if held else ""
+    psnr = lambda net: f", held-out {validate(net, held, run.device)[0]:.2f} dB" if held else ""
     if teacher:
         print(line("teacher", teacher, c.teacher) + psnr(teacher))
         if models.parameters(teacher) < models.parameters(run.student):
@@ -591,23 +607,29 @@ def conclude(run, psnr):
     again = f"python train.py --resume --out {shlex.quote(str(run.out))}"
     if run.step < run.c.steps:
         print(f"stopped after step {run.step} of {run.c.steps}; go on with: {again}")
-    elif psnr is not None:
-        print(f"held-out PSNR {psnr:.2f} dB at the end, {run.best:.2f} dB at best\n"
-              f"student: {run.out / 'student.pt'} (at the end), {run.out / 'best.pt'} (best held-out)")
+    else:
+        held = f"held-out PSNR {psnr:.2f} dB at the end, {run.best:.2f} dB at best\n" if psnr is not None else ""
+        best = f", {run.out / 'best.pt'} (best held-out)" if held else ""
+        print(f"{held}student: {run.out / 'student.pt'} (at the end){best}")
 
 
-def listen():
-    """SIGINT and SIGTERM finish the step, save and stop; returns the list that will hold the signal."""
+@contextlib.contextmanager
+def listening():
+    """While it lasts, SIGINT and SIGTERM finish the step, save and stop: gives the list that will hold the signal."""
     caught = []
 
     def handler(number, frame):
         if caught:  # asked twice: at once
             raise SystemExit(128 + number)
         caught.append(number)
+    before = {}
     with contextlib.suppress(ValueError):  # only the main thread may listen
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
-    return caught
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -629,12 +651,12 @@ def parse(argv):
     for f in dataclasses.fields(Config):
         settings = dict(f.metadata)
         if "action" not in settings:
-            kind = f.type if isinstance(f.type, type) else {"int": int, "float": float, "str": str, "list": str}[f.type]
-            settings["type"] = str if kind is list else kind
-            settings.update({"nargs": "*"} if kind is list else {})
-            if f.default not in (None, "", dataclasses.MISSING) and f.default:
-                settings["help"] += " [%(const)s]" if False else f" [{f.default}]"
-            settings.setdefault("metavar", None if "choices" in settings else settings["type"].__name__.upper())
+            several = f.type is list
+            settings |= dict(type=str if several else f.type, nargs="+" if several else None)
+            if "choices" not in settings:
+                settings.setdefault("metavar", f.type.__name__.upper())
+            if f.default not in (None, "", 0, dataclasses.MISSING):
+                settings["help"] += f" [{f.default}]"
         parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **settings)
     given = vars(parser.parse_args(argv))
     c = Config(**given)

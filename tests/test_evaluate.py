@@ -1,0 +1,233 @@
+"""Metrics against hand-computed and slow values, tiles against the whole picture, and the command line."""
+import json
+import math
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+import evaluate
+import models
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two ×4 networks and a folder of three pictures."""
+    base = tmp_path_factory.mktemp("place")
+    torch.manual_seed(0)
+    models.save(base / "a.pt", models.build("edsr_c8b2", 4))
+    models.save(base / "b.pt", models.build("edsr_c4b1", 4))
+    models.save(base / "x2.pt", models.build("edsr_c4b1", 2))
+    rng = np.random.default_rng(0)
+    (base / "set").mkdir()
+    for name, (h, w) in dict(baby=(45, 50), bird=(40, 64), head=(64, 41)).items():
+        iio.imwrite(base / "set" / f"{name}.png", picture(rng, h, w))
+    return base
+
+
+def picture(rng, h, w, channels=3):
+    coarse = rng.integers(0, 256, (h // 4 + 1, w // 4 + 1, channels), dtype=np.uint8)
+    return data.imresize(coarse, 4)[:h, :w]
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+def test_luma_is_bt601():
+    colours = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], np.uint8)
+    assert evaluate.luma(colours)[0] == pytest.approx([16, 235, 81.481, 144.553, 40.966])
+
+
+def test_psnr_by_hand():
+    """A grey step of 255 in RGB is 219 in Y; on one of the 4 pixels inside the border the MSE is 219²/4."""
+    hr = np.zeros((6, 6, 3), np.uint8)
+    sr = hr.copy()
+    sr[2, 3] = 255
+    sr[0, 0] = 255  # in the border: shaved
+    assert evaluate.psnr_y(sr, hr, 2) == pytest.approx(10 * math.log10(255 ** 2 / (219 ** 2 / 4)))
+    assert evaluate.psnr_y(hr, hr, 2) == math.inf
+    one = evaluate.psnr_y(hr + np.uint8(1), hr, 0)  # one grey level everywhere
+    assert one == pytest.approx(20 * math.log10(255 / (219 / 255)))
+
+
+def test_psnr_refuses_what_cannot_be_compared():
+    a = np.zeros((8, 8, 3), np.uint8)
+    for b, border in ((np.zeros((8, 9, 3), np.uint8), 1), (a, 4)):
+        with pytest.raises(ValueError):
+            evaluate.psnr_y(a, b, border)
+
+
+def slow_ssim(a, b):
+    """Wang et al. (2004) as written: an 11×11 Gaussian window of σ 1.5, at each place where it fits."""
+    i = np.arange(11) - 5
+    w = np.exp(-(i[:, None] ** 2 + i[None] ** 2) / (2 * 1.5 ** 2))
+    w, values = w / w.sum(), []
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    for y in range(a.shape[0] - 10):
+        for x in range(a.shape[1] - 10):
+            p, q = a[y:y + 11, x:x + 11], b[y:y + 11, x:x + 11]
+            mp, mq = (w * p).sum(), (w * q).sum()
+            vp, vq, cov = (w * p * p).sum() - mp ** 2, (w * q * q).sum() - mq ** 2, (w * p * q).sum() - mp * mq
+            values.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp ** 2 + mq ** 2 + c1) * (vp + vq + c2)))
+    return np.mean(values)
+
+
+def test_ssim_against_its_definition():
+    rng = np.random.default_rng(1)
+    hr = picture(rng, 30, 26)
+    sr = np.clip(hr + rng.integers(-20, 20, hr.shape), 0, 255).astype(np.uint8)
+    expected = slow_ssim(*(evaluate.luma(p)[3:-3, 3:-3] for p in (sr, hr)))
+    assert evaluate.ssim_y(sr, hr, 3) == pytest.approx(expected, abs=1e-6)
+    assert evaluate.ssim_y(hr, hr, 3) == pytest.approx(1)
+
+
+def test_published_bicubic_works_on_rounded_luma_without_rounding_the_lr():
+    hr = picture(np.random.default_rng(2), 24, 28)
+    y = torch.from_numpy(np.floor(evaluate.luma(hr) + 0.5))
+    up = data.imresize(data.imresize(y, 0.25), 4).numpy()
+    a, b = evaluate.published_bicubic(hr, 4)
+    assert np.array_equal(b, y.numpy()[4:-4, 4:-4])
+    assert np.array_equal(a, np.floor(up.clip(0, 255) + 0.5)[4:-4, 4:-4])
+
+
+# ------------------------------------------------------------------------------------------------ tiles
+@settings(max_examples=12, deadline=None)
+@given(h=st.integers(1, 90), w=st.integers(1, 90), tile=st.integers(1, 50), scale=st.sampled_from([2, 3, 4]))
+def test_tiles_equal_the_whole_picture(h, w, tile, scale):
+    torch.manual_seed(0)
+    net = models.build("edsr_c4b2", scale).eval()
+    x = torch.rand(1, 3, h, w)
+    whole, tiled = (evaluate.upscale(net, x, t) for t in (0, tile))
+    assert whole.shape == (1, 3, h * scale, w * scale)
+    assert torch.allclose(whole, tiled, atol=2e-5)
+
+
+def test_tiles_leave_no_seam_in_swinir():
+    """SwinIR sees more than a margin, but its windows stay in place, and what is left fades."""
+    torch.manual_seed(0)
+    net = models.build("swinir_c12s6", 2).eval()
+    x = torch.rand(1, 3, 150, 40)
+    whole, tiled = (evaluate.upscale(net, x, t) for t in (0, 64))
+    assert (whole - tiled).abs().max() < 1 / 255
+    jump = lambda y: (y[..., 1:, :] - y[..., :-1, :]).abs().mean(dim=(0, 1, 3))
+    assert (jump(tiled) - jump(whole)).abs().max() < 1e-3
+
+
+def test_no_tile_is_larger_than_promised():
+    net, sizes = models.build("edsr_c4b1", 2).eval(), []
+    net.register_forward_hook(lambda m, x, y: sizes.append(max(x[0].shape[-2:])))
+    evaluate.upscale(net, torch.rand(1, 3, 300, 200), 64)
+    assert max(sizes) <= 64 + 2 * (evaluate.RAMP + 8)
+
+
+def test_self_ensemble_commutes_with_flips_and_transposition():
+    torch.manual_seed(0)
+    net = models.build("edsr_c4b1", 2).eval()
+    x = torch.rand(1, 3, 9, 14)
+    y = evaluate.self_ensemble(net, x)
+    assert y.shape == (1, 3, 18, 28) and not torch.allclose(y, net(x), atol=1e-4)
+    assert torch.allclose(evaluate.self_ensemble(net, x.flip(-1)).flip(-1), y, atol=1e-5)
+    assert torch.allclose(evaluate.self_ensemble(net, x.transpose(-1, -2)).transpose(-1, -2), y, atol=1e-5)
+
+
+def test_to_uint8_rounds_half_up_and_clips():
+    x = torch.tensor([-1.0, 0.0, 0.4999 / 255, 0.5001 / 255, 1.0, 9.0]).view(1, 1, 1, 6).repeat(1, 3, 1, 1)
+    assert evaluate.to_uint8(x)[0, :, 0].tolist() == [0, 0, 0, 1, 255, 255]
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+def run(capsys, *words):
+    evaluate.main([str(w) for w in words])
+    return capsys.readouterr().out
+
+
+def test_table_has_a_row_a_model_and_a_column_a_set(place, capsys, tmp_path):
+    out = run(capsys, place / "a.pt", place / "b.pt", "bicubic", "--data", place / "set", "--json", tmp_path / "t.json", "--device", "cpu")
+    head, *lines = out.splitlines()
+    assert head.split()[:4] == ["model", "params", "madds", "set"] and [line.split()[0] for line in lines] == ["a.pt", "b.pt", "bicubic"]
+    results = json.loads((tmp_path / "t.json").read_text())["results"]
+    assert set(results["a.pt"]["set"]["images"]) == {"baby", "bird", "head"}
+    values = [v["psnr"] for v in results["a.pt"]["set"]["images"].values()]
+    assert results["a.pt"]["set"]["psnr"] == pytest.approx(np.mean(values)) and f"{np.mean(values):.2f}" in lines[0]
+    hr = data.read_image(place / "set" / "bird.png")
+    sr = evaluate.to_uint8(models.load(place / "a.pt")(evaluate.to_tensor(data.imresize(hr, 0.25))))
+    assert results["a.pt"]["set"]["images"]["bird"]["psnr"] == pytest.approx(evaluate.psnr_y(sr, hr, 4), abs=1e-3)
+
+
+def test_pictures_made_elsewhere_are_scored(place, capsys, tmp_path):
+    """Under each naming that other tools use."""
+    for name, target in (("baby", "babyx4.png"), ("bird", "bird_x4.png"), ("head", "head_MYNET_x4.png")):
+        hr = data.read_image(place / "set" / f"{name}.png")
+        hr = hr[:hr.shape[0] // 4 * 4, :hr.shape[1] // 4 * 4]
+        iio.imwrite(tmp_path / target, np.clip(hr.astype(int) + 1, 0, 255).astype(np.uint8))
+    out = run(capsys, "--sr", tmp_path, "--data", place / "set", "--scale", "4")
+    assert 49 < float(out.splitlines()[1].split()[3].split("/")[0]) < 50  # about one grey level: 49.45 dB
+
+
+def test_longer_names_keep_their_own_pictures(tmp_path):
+    for name in ("img_x4.png", "img_2_x4.png"):
+        iio.imwrite(tmp_path / name, np.zeros((4, 4, 3), np.uint8))
+    found = evaluate.match_results(tmp_path, ["img", "img_2"], 4)
+    assert {k: v.name for k, v in found.items()} == {"img": "img_x4.png", "img_2": "img_2_x4.png"}
+
+
+def test_figure(place, capsys, tmp_path):
+    out = run(capsys, place / "a.pt", "bicubic", "--data", place / "set", "--figure", tmp_path / "f.png", "--image", "1")
+    assert "figure: bird" in out and "HR, a.pt, bicubic" in out
+    assert iio.imread(tmp_path / "f.png").shape == (3 * 40, 3 * 3 * 40 + 2 * 6, 3)
+
+
+@pytest.mark.parametrize("mode, shape, kept", [("grey", (20, 24), (80, 96)), ("rgb", (20, 24, 3), (80, 96, 3)),
+                                               ("rgba", (20, 24, 4), (80, 96, 4)), ("la", (20, 24, 2), (80, 96, 2))])
+def test_upscaling_keeps_grey_and_alpha(place, capsys, tmp_path, mode, shape, kept):
+    image = picture(np.random.default_rng(3), 20, 24, shape[2] if len(shape) > 2 else 1)
+    iio.imwrite(tmp_path / "in.png", image[..., 0] if mode == "grey" else image)
+    run(capsys, place / "a.pt", "--input", tmp_path / "in.png", "--output", tmp_path / "out.png")
+    big = iio.imread(tmp_path / "out.png")
+    assert big.shape == kept
+    if mode in ("rgba", "la"):
+        assert np.array_equal(big[..., -1], data.imresize(image[..., -1], 4))
+
+
+def test_upscaling_a_folder_overwrites_nothing(place, capsys, tmp_path):
+    run(capsys, place / "a.pt", "--input", place / "set", "--output", tmp_path / "big", "--self-ensemble", "--tile", "8")
+    assert sorted(p.name for p in (tmp_path / "big").iterdir()) == ["baby_x4.png", "bird_x4.png", "head_x4.png"]
+    assert "exists already" in error_of(capsys, place / "a.pt", "--input", place / "set", "--output", tmp_path / "big")
+
+
+def test_bicubic_upscales_too(place, capsys, tmp_path):
+    run(capsys, "bicubic", "--scale", "2", "--input", place / "set" / "baby.png", "--output", tmp_path / "b.png")
+    own, matlab = iio.imread(tmp_path / "b.png").astype(int), data.imresize(iio.imread(place / "set" / "baby.png"), 2).astype(int)
+    assert own.shape == (90, 100, 3) and abs(own - matlab).max() <= 2  # one rounding instead of two
+
+
+def error_of(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(w) for w in words])
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and text.startswith("error: ")
+    return text
+
+
+def test_errors_are_one_line(place, capsys, tmp_path):
+    (tmp_path / "sr").mkdir()
+    iio.imwrite(tmp_path / "sr" / "baby.png", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    ps = place / "set"
+    assert "--scale" in error_of(capsys, "bicubic", "--data", ps)
+    assert "nowhere does not exist" in error_of(capsys, place / "a.pt", "--data", "nowhere")
+    assert "x2" in error_of(capsys, place / "a.pt", place / "x2.pt", "--data", ps)
+    assert "text.pt" in error_of(capsys, tmp_path / "text.pt", "--data", ps)
+    assert "bird" in error_of(capsys, "--sr", tmp_path / "sr", "--data", ps, "--scale", "4")
+    iio.imwrite(tmp_path / "sr" / "bird.png", np.zeros((8, 8, 3), np.uint8))
+    iio.imwrite(tmp_path / "sr" / "head.png", np.zeros((8, 8, 3), np.uint8))
+    assert "8x8" in error_of(capsys, "--sr", tmp_path / "sr", "--data", ps, "--scale", "4")
+    assert "cuda:77" in error_of(capsys, place / "a.pt", "--data", ps, "--device", "cuda:77")
+    assert "--output" in error_of(capsys, place / "a.pt", "--input", ps)
+    assert "bicubic" in error_of(capsys, "--data", ps)
+    assert "--tile" in error_of(capsys, place / "a.pt", "--data", ps, "--tile", "-1")
+    iio.imwrite(tmp_path / "tiny.png", np.zeros((9, 9, 3), np.uint8))
+    assert "8x8 when cropped" in error_of(capsys, place / "a.pt", "--data", tmp_path / "tiny.png")

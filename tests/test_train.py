@@ -1,0 +1,405 @@
+"""The training script: losses of a batch, the update, the run folder, resuming, several processes, and its errors."""
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import data
+import dukd
+import models
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = dict(batch=2, patch=12, steps=4, device="cpu", log_every=1, precision="float32")
+
+
+def pictures(folder, sizes, seed=0):
+    """Smooth random pictures, so that a network can learn something from them."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for i, (h, w) in enumerate(sizes):
+        coarse = rng.integers(0, 256, (h // 8 + 1, w // 8 + 1, 3), dtype=np.uint8)
+        iio.imwrite(folder / f"im{i}.png", data.imresize(coarse, 8)[:h, :w])
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a ×4 teacher of each family, a ×2 one, training and validation pictures."""
+    base = tmp_path_factory.mktemp("place")
+    torch.manual_seed(1)
+    for name, scale in (("edsr_c12b3", 4), ("rcan_c16b2g3", 4), ("swinir_c12s12", 4), ("edsr_c12b3", 2), ("edsr_c12b3", 3)):
+        models.save(base / f"{name.split('_')[0]}_x{scale}.pt", models.build(name, scale))
+    pictures(base / "train", [(64, 80), (72, 64), (100, 60)])
+    pictures(base / "val", [(48, 56)], seed=1)
+    return base
+
+
+def config(place, out, **changes):
+    defaults = dict(QUICK, teacher=str(place / "edsr_x4.pt"), student="edsr_c6b3", data=[str(place / "train")],
+                    val=[str(place / "val")], out=str(out), cache=str(place / "cache"))
+    return train.Config(**{**defaults, **changes})
+
+
+def rows(out):
+    with open(Path(out) / "log.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def weights(out, key="params"):
+    return torch.load(Path(out) / "student.pt", weights_only=True)[key]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def run_command(*words, cwd=ROOT, env=None, **more):
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **(env or {})}, **more)
+
+
+# ------------------------------------------------------------------------------------------------ one batch
+def batch_and_config(scale=4, teacher_name="edsr_c12b3", **changes):
+    torch.manual_seed(0)
+    teacher, student = models.build(teacher_name, scale).eval(), models.build("edsr_c6b3", scale)
+    c = train.complete(train.Config(scale=scale, **changes), teacher)
+    return student, teacher, torch.rand(2, 3, 12, 12), torch.rand(2, 3, 12 * scale, 12 * scale), c
+
+
+def terms_of(student, teacher, lr, hr, c, seed=0, **more):
+    amp = torch.autocast("cpu", enabled=False)
+    return train.loss_terms(student, teacher, lr, hr, c, torch.Generator().manual_seed(seed), amp, **more)
+
+
+@pytest.mark.parametrize("consistency", ["zoom_in", "zoom_out", "both", "none"])
+def test_every_term_gives_the_student_gradient_and_the_teacher_none(consistency):
+    student, teacher, lr, hr, c = batch_and_config(consistency=consistency)
+    assert any(p.requires_grad for p in teacher.parameters())  # not frozen here: the step itself must not reach it
+    terms = terms_of(student, teacher, lr, hr, c)
+    assert list(terms) == ["rec", "kd", "zoom_in", "zoom_out", "zoom_out_rec"] == train.term_names(c)
+    for name, term in terms.items():
+        student.zero_grad(set_to_none=True)
+        term.backward(retain_graph=True)
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters()), name
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_terms_are_the_papers_equations():
+    """The same draws by hand, one term after the other, with a forward for each: the equations as they stand."""
+    student, teacher, lr, hr, c = batch_and_config(consistency="both", p=0.5)
+    terms = terms_of(student, teacher, lr, hr, c, seed=3)
+    g = torch.Generator().manual_seed(3)
+    z_in, z_out = dukd.zoom_in(hr, 12, g), dukd.zoom_out(lr, 4)
+    F_in = dukd.InvertibleAugmentation.sample(2, p=0.5, generator=g)
+    F_out = dukd.InvertibleAugmentation.sample(2, p=0.5, generator=g)
+    with torch.no_grad():
+        mae = lambda a, b: (a - b).abs().mean()
+        expected = dict(rec=5 * mae(student(lr), hr), kd=mae(student(lr), teacher(lr)),
+                        zoom_in=mae(F_in.invert(student(F_in.apply(z_in))), teacher(z_in)),
+                        zoom_out=mae(F_out.invert(student(F_out.apply(z_out))), teacher(z_out)),
+                        zoom_out_rec=5 * mae(F_out.invert(student(F_out.apply(z_out))), lr))
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(float(value), rel=1e-5), name
+
+
+@pytest.mark.parametrize("changes, names", [
+    (dict(method="scratch"), ["rec"]), (dict(method="kd"), ["rec", "kd"]),
+    (dict(zoom_in=False), ["rec", "kd", "zoom_out", "zoom_out_rec"]), (dict(zoom_out=False), ["rec", "kd", "zoom_in"]),
+    (dict(lambda_kd=0.0), ["rec", "zoom_in", "zoom_out", "zoom_out_rec"]), (dict(lambda_rec=0.0), ["kd", "zoom_in", "zoom_out"]),
+    (dict(lambda_dukd=0.0), ["rec", "kd", "zoom_out_rec"]), (dict(crops=3), ["rec", "kd", "zoom_in", "zoom_out", "zoom_out_rec"]),
+    (dict(ops=["hflip"], p=1.0), ["rec", "kd", "zoom_in", "zoom_out", "zoom_out_rec"])])
+def test_each_ablation_is_one_setting(changes, names):
+    student, teacher, lr, hr, c = batch_and_config(**changes)
+    assert list(terms_of(student, teacher, lr, hr, c)) == names == train.term_names(c)
+
+
+def test_crops_multiply_the_zoom_in_inputs():
+    student, teacher, lr, hr, c = batch_and_config(crops=3, zoom_out=False)
+    sizes = []
+    student.register_forward_hook(lambda m, x, y: sizes.append(len(x[0])))
+    terms_of(student, teacher, lr, hr, c)
+    assert sizes == [2 + 3 * 2]
+
+
+def test_shares_of_a_batch_average_to_the_whole():
+    """What several processes compute, each on its part, is what one computes on all."""
+    student, teacher, lr, hr, c = batch_and_config(crops=2)
+    whole = terms_of(student, teacher, lr, hr, c)
+    parts = [terms_of(student, teacher, lr, hr, c, part=slice(i, i + 1)) for i in range(2)]
+    for name in whole:
+        assert float(sum(p[name] for p in parts) / 2) == pytest.approx(float(whole[name]), rel=1e-5), name
+
+
+def test_the_papers_weights():
+    weights_of = lambda arch, scale: [getattr(train.complete(train.Config(scale=scale), models.build(arch, scale)), k)
+                                      for k in ("lambda_rec", "lambda_kd", "lambda_dukd", "p", "zoom_in", "zoom_out")]
+    assert weights_of("edsr_c8b2", 4) == [5, 1, 1, 0.3, True, True]
+    assert weights_of("rcan_c16b1g1", 4) == [1, 1, 1, 0, True, False]
+    assert weights_of("rcan_c16b1g1", 3) == [2, 1, 1, 0.3, True, True]
+    assert weights_of("swinir_c12s6", 2) == [5, 1, 1, 0.3, True, False]
+
+
+# ------------------------------------------------------------------------------------------------ the update
+def test_learning_rate_milestones_scale_with_the_steps():
+    at = lambda step, **k: train.learning_rate(step, train.Config(**k))
+    assert [at(s) for s in (0, 99_999, 100_000, 199_999, 200_000)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5, 1e-6])
+    assert [at(s, steps=10) for s in (3, 4, 7, 8)] == pytest.approx([1e-4, 1e-5, 1e-5, 1e-6])
+    assert [at(s, steps=10, schedule="cosine") for s in (0, 5, 10)] == pytest.approx([1e-4, 5e-5, 0], abs=1e-12)
+
+
+def test_each_update_uses_its_own_gradient_alone():
+    """Two updates with Adam, against Adam written out (Kingma & Ba, algorithm 1); an old gradient left in would show."""
+    c = train.Config(lr=0.1, steps=100, ema=0.5)
+    net = torch.nn.Linear(1, 1, bias=False)
+    ema = torch.nn.Linear(1, 1, bias=False)
+    for m in (net, ema):
+        torch.nn.init.constant_(m.weight, 1.0)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1, betas=(0.9, 0.99))
+    w, average, m1, m2 = 1.0, 1.0, 0.0, 0.0
+    for step, slope in enumerate((2.0, -3.0)):
+        train.update(net, optimizer, ema, slope * net.weight.sum(), c, step)
+        m1, m2 = 0.9 * m1 + 0.1 * slope, 0.99 * m2 + 0.01 * slope ** 2
+        w -= 0.1 * (m1 / (1 - 0.9 ** (step + 1))) / (math.sqrt(m2 / (1 - 0.99 ** (step + 1))) + 1e-8)
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * w
+        assert net.weight.item() == pytest.approx(w, rel=1e-5)
+        assert ema.weight.item() == pytest.approx(average, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ runs
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_method_trains_and_logs_terms_that_sum_to_the_total(place, tmp_path, method):
+    run = train.train(config(place, tmp_path / "run", method=method))
+    log = rows(tmp_path / "run")
+    assert [int(r["step"]) for r in log] == [1, 2, 3, 4]
+    for row in log:
+        terms = [float(v) for k, v in row.items() if k not in ("step", "lr", "total", "val_psnr")]
+        assert sum(terms) == pytest.approx(float(row["total"]), rel=1e-5) and min(terms) > 0
+    assert log[-1]["val_psnr"] and run.best > 0
+    assert not same(weights(run.out), weights(run.out, "params_ema"))
+    for name in ("config.json", "log.csv", "student.pt", "best.pt", "last.ckpt", "val/im0_x4.png"):
+        assert (run.out / name).is_file(), name
+    assert iio.imread(run.out / "val" / "im0_x4.png").shape == (48, 56, 3)
+
+
+@pytest.mark.parametrize("teacher, student", [("rcan", "rcan_c16b1g3"), ("swinir", "swinir_c12s6"), ("edsr", "small")])
+def test_every_family_trains(place, tmp_path, teacher, student):
+    run = train.train(config(place, tmp_path / "run", teacher=str(place / f"{teacher}_x4.pt"), student=student, steps=2))
+    assert models.load(run.out / "student.pt").config["arch"] == teacher
+
+
+def test_bfloat16_keeps_weights_and_losses_in_float32_and_close(place, tmp_path):
+    for precision in ("float32", "bfloat16"):
+        train.train(config(place, tmp_path / precision, precision=precision, steps=2))
+    a, b = (rows(tmp_path / p) for p in ("float32", "bfloat16"))
+    assert float(a[0]["total"]) == pytest.approx(float(b[0]["total"]), rel=0.02) and a[0]["total"] != b[0]["total"]
+    assert {v.dtype for v in weights(tmp_path / "bfloat16").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_other_scales(place, tmp_path, scale):
+    run = train.train(config(place, tmp_path / "run", teacher=str(place / f"edsr_x{scale}.pt"), steps=2))
+    assert models.load(run.out / "best.pt").scale == scale
+
+
+def test_training_learns(place, tmp_path):
+    run = train.train(config(place, tmp_path / "run", steps=40, lr=5e-3, val_every=10, log_every=10))
+    figures = [float(r["val_psnr"]) for r in rows(run.out)]
+    assert figures[-1] > figures[0] + 1
+
+
+@pytest.mark.parametrize("student, teacher", [("edsr_c6b3", "edsr"), ("swinir_c12s6", "swinir")])
+def test_stopped_and_resumed_equals_uninterrupted(place, tmp_path, student, teacher):
+    """Bit for bit, SwinIR with its random drop-path too, and the log as well."""
+    settings = dict(student=student, teacher=str(place / f"{teacher}_x4.pt"), steps=6, log_every=2, val_every=5)
+    train.train(config(place, tmp_path / "whole", **settings))
+    train.train(config(place, tmp_path / "parts", stop_at=3, **settings))
+    torch.rand(7)  # what else happened in the process must not matter
+    train.main(["--resume", "--out", str(tmp_path / "parts"), "--stop-at", "0"])
+    for key in ("params", "params_ema"):
+        assert same(weights(tmp_path / "whole", key), weights(tmp_path / "parts", key))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+
+
+def test_validation_does_not_touch_training(place, tmp_path):
+    swin = dict(teacher=str(place / "swinir_x4.pt"), student="swinir_c12s6")
+    for name, every in (("often", 1), ("once", 4)):
+        train.train(config(place, tmp_path / name, val_every=every, **swin))
+    assert same(weights(tmp_path / "often"), weights(tmp_path / "once"))
+
+
+def test_the_teacher_stays_frozen_and_in_eval(place, tmp_path, monkeypatch):
+    seen = []
+    load = train.load_teacher
+    monkeypatch.setattr(train, "load_teacher", lambda c: seen.append(load(c)) or seen[0])
+    train.train(config(place, tmp_path / "run", teacher=str(place / "swinir_x4.pt"), student="swinir_c12s6", steps=2))
+    teacher, fresh = seen[0], models.load(place / "swinir_x4.pt")
+    assert not any(m.training for m in teacher.modules()) and not any(p.requires_grad for p in teacher.parameters())
+    assert same(teacher.state_dict(), fresh.state_dict())
+
+
+def test_the_run_folder_tells_what_was_run(place, tmp_path):
+    c = config(place, tmp_path / "run", steps=1)
+    train.train(c, command="python train.py …")
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert about["config"]["lambda_rec"] == 5 and about["config"]["scale"] == 4 and about["command"] == "python train.py …"
+    assert about["versions"]["torch"] == torch.__version__ and about["device"] == "cpu" and about["held_out"] == ["im0"]
+
+
+def test_report_names_networks_costs_and_held_out_figures(place, tmp_path, capsys):
+    train.train(config(place, tmp_path / "run", steps=1))
+    text = capsys.readouterr().out
+    assert re.search(r"teacher .*edsr_x4.pt: edsr .*channels=12.* M parameters, .* G multiply-adds .*held-out \d+\.\d\d dB", text)
+    assert re.search(r"student edsr_c6b3: .*channels=6", text) and re.search(r"held out 1, bicubic \d+\.\d\d dB", text)
+
+
+def test_default_data_needs_no_folder(place, tmp_path):
+    run = train.train(config(place, tmp_path / "run", data=[], val=[], steps=1, student="edsr_c4b1"))
+    assert json.loads((run.out / "config.json").read_text())["held_out"] == ["chelsea", "coffee", "coins"]
+
+
+def test_holdout_images_are_not_trained_on(place, tmp_path):
+    patches, held = train.prepare_data(train.complete(config(place, tmp_path, val=[], holdout=1, scale=4), None), torch.device("cpu"))
+    assert [h[0] for h in held] == ["im0"] and patches.store.names == ["im1.png", "im2.png"]
+
+
+# ------------------------------------------------------------------------------------------------ feature baselines
+def test_feature_taps_pair_thirds_and_adapters_are_trained_but_not_saved(place, tmp_path, capsys):
+    run = train.train(config(place, tmp_path / "run", method="fitnet", full_maps=True, steps=2))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tap ")]
+    assert lines == [f"tap     body.{i} (6, 16, 16) ~ body.{i} (12, 16, 16)" for i in range(3)]
+    assert len(run.adapters) == 3 and all(a.weight.grad.abs().sum() > 0 for a in run.adapters)
+    assert weights(run.out).keys() == models.build("edsr_c6b3", 4).state_dict().keys()
+
+
+@pytest.mark.parametrize("method", ["fitnet", "at", "fakd"])
+def test_feature_terms_reach_the_student(place, method):
+    student, teacher, lr, hr, _ = batch_and_config()
+    c = train.complete(train.Config(scale=4, method=method, taps=["body.0:body.1"]), teacher)
+    features = train.FeatureLoss(student, teacher, c)
+    terms = terms_of(student, teacher, lr, hr, c, features=features)
+    terms["feature"].backward()
+    assert student.body[0].conv1.weight.grad.abs().sum() > 0 and student.body[1].conv1.weight.grad is None
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ starting points
+def test_init_from_another_scale_takes_all_but_the_upsampler():
+    torch.manual_seed(0)
+    source, student = models.build("edsr_c6b2", 2), models.build("edsr_c6b2", 4)
+    own = {k: v.clone() for k, v in student.state_dict().items()}
+    train.initialise(student, source, "x2.pt")
+    for key, value in student.state_dict().items():
+        assert torch.equal(value, own[key] if key.startswith("upsample.") else source.state_dict()[key]), key
+
+
+def test_init_from_the_teacher_gives_the_teacher(place, tmp_path):
+    c = config(place, tmp_path, student="edsr_c12b3", init=str(place / "edsr_x4.pt"), scale=4)
+    teacher = train.load_teacher(c)
+    x = torch.rand(1, 3, 9, 9)
+    assert torch.equal(train.build_student(c, teacher).eval()(x), teacher(x))
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+def test_two_processes_equal_one(place, tmp_path):
+    common = ["--teacher", place / "edsr_x4.pt", "--student", "edsr_c6b3", "--data", place / "train", "--val", place / "val",
+              "--batch", "4", "--patch", "12", "--steps", "4", "--log-every", "1", "--device", "cpu", "--cache", place / "cache",
+              "--precision", "float32"]
+    one = run_command("train.py", *common, "--out", tmp_path / "one")
+    two = run_command("-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=0", "--rdzv-backend=c10d",
+                      "--rdzv-endpoint=127.0.0.1:0", "train.py", *common, "--out", tmp_path / "two", env=dict(OMP_NUM_THREADS="1"))
+    assert one.returncode == 0, one.stderr[-2000:]
+    assert two.returncode == 0, two.stderr[-2000:]
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=2e-6) for k in a)
+    for x, y in zip(rows(tmp_path / "one"), rows(tmp_path / "two")):
+        assert float(x["total"]) == pytest.approx(float(y["total"]), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ as a user runs it
+def test_train_stop_resume_evaluate_upscale(place, tmp_path):
+    words = ["train.py", "--teacher", place / "edsr_x4.pt", "--student", "edsr_c6b3", "--data", place / "train", "--val", place / "val",
+             "--batch", "2", "--patch", "12", "--steps", "100000", "--out", tmp_path / "run", "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (log := tmp_path / "run" / "log.csv").exists() or len(log.read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "--resume --out" in out
+    done = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["step"]
+    again = run_command("train.py", "--resume", "--out", tmp_path / "run", "--stop-at", done + 3)
+    assert again.returncode == 0 and f"stopped after step {done + 3} of 100000" in again.stdout
+
+    table = run_command("evaluate.py", tmp_path / "run" / "student.pt", "bicubic", "--data", place / "val", "--device", "cpu")
+    assert table.returncode == 0 and re.search(r"student\.pt +0\.\d\d M .* \d+\.\d\d/", table.stdout)
+    big = run_command("evaluate.py", tmp_path / "run" / "student.pt", "--input", place / "val", "--output", tmp_path / "big")
+    assert big.returncode == 0 and iio.imread(tmp_path / "big" / "im0_x4.png").shape == (192, 224, 3)
+
+
+def error_of(capsys, *words):
+    """The one line that a wrong command line ends with."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(w) for w in words])
+    text = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and text.startswith("error: ") and "\n" not in text, text
+    return text
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--studnt", "x"], "did you mean --student"), (["--method", "foo"], "dukd"), (["--steps", "many"], "--steps"),
+    (["--teacher", "nowhere.pt"], "nowhere.pt does not exist"), ([], "--teacher"), (["--method", "kd"], "--teacher"),
+    (["--method", "scratch"], "name a size"), (["--method", "scratch", "--student", "edsr_basline"], "edsr_baseline"),
+    (["--method", "scratch", "--student", "edsr_c4b1", "--data", "nowhere"], "nowhere does not exist"),
+    (["--method", "scratch", "--student", "edsr_c4b1", "--steps", "-3"], "--steps"),
+    (["--method", "scratch", "--student", "edsr_c4b1", "--lr", "nan"], "--lr"),
+    (["--method", "scratch", "--student", "edsr_c4b1", "--device", "cuda:99"], "cuda:99"),
+    (["--method", "scratch", "--student", "edsr_c4b1", "--scale", "5"], "--scale"), (["--resume"], "--out")])
+def test_wrong_commands_end_with_one_line(capsys, tmp_path, monkeypatch, words, named):
+    monkeypatch.chdir(tmp_path)
+    assert named in error_of(capsys, *words)
+    assert not any(tmp_path.iterdir())  # and leave nothing behind
+
+
+def test_errors_about_files_name_them(place, capsys, tmp_path):
+    base = ["--teacher", place / "edsr_x4.pt", "--student", "edsr_c6b3", "--out", tmp_path / "run", "--device", "cpu"]
+    assert "x4" in error_of(capsys, *base, "--scale", "2")
+    assert "multiple" in error_of(capsys, *base, "--patch", "13")
+    assert "im0.png" in error_of(capsys, *base, "--data", place / "train", "--val", place / "val", "--patch", "64")
+    assert "holdout" in error_of(capsys, *base, "--data", place / "train")
+    assert "channels=6" in error_of(capsys, *base, "--init", place / "edsr_x4.pt")
+    assert "body.9" in error_of(capsys, *base, "--method", "at", "--taps", "body.9:body.0")
+    (tmp_path / "full").mkdir()
+    assert "--resume" in error_of(capsys, *base[:-4], "--out", tmp_path / "full")
+    assert "no run to resume" in error_of(capsys, "--resume", "--out", tmp_path / "full")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_is_never_overwritten_and_resume_may_not_contradict(place, capsys, tmp_path):
+    run = train.train(config(place, tmp_path / "run", steps=2, stop_at=1))
+    before = {p.name: p.read_bytes() for p in run.out.iterdir() if p.is_file()}
+    assert "exists already" in error_of(capsys, "--teacher", place / "edsr_x4.pt", "--out", run.out)
+    assert "--batch 4 contradicts" in error_of(capsys, "--resume", "--out", run.out, "--batch", "4")
+    assert before == {p.name: p.read_bytes() for p in run.out.iterdir() if p.is_file()}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(place, tmp_path, capsys):
+    bad = models.load(place / "edsr_x4.pt")
+    with torch.no_grad():
+        bad.conv_last.bias.fill_(math.inf)
+    models.save(tmp_path / "bad.pt", bad)
+    with pytest.raises(train.ConfigError, match=r"term kd is no finite number at step 1, on patches of im\d"):
+        train.train(config(place, tmp_path / "run", teacher=str(tmp_path / "bad.pt")))
