@@ -287,8 +287,8 @@ def _decoded(paths, lr_paths, scale, least):
         except DataError as e:
             return e
     jobs, ahead = iter(zip(paths, lr_paths)), deque()
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(paths), desc="decoding", unit="image",
-                                                          disable=len(paths) < 50, leave=False) as bar:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(paths), desc="decoding", unit="image", leave=False,
+                                                          disable=len(paths) < 50, mininterval=1) as bar:
         try:
             while True:
                 while len(ahead) < 2 * (os.cpu_count() or 1) and (job := next(jobs, None)):

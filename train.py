@@ -353,14 +353,19 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.counted += 1
 
-    def row(self, psnr=None):
-        """Writes a row of log.csv, the means of what was collected, and returns them."""
-        means = {k: float(v) / self.counted for k, v in self.sums.items()}
-        self.sums, self.counted = {}, 0
+    def means(self, world):
+        """The means of what was collected, over all processes, and a fresh start."""
+        values = torch.stack([torch.as_tensor(v, device=self.device) for v in self.sums.values()]) / self.counted
+        if world > 1:
+            dist.all_reduce(values)
+        names, self.sums, self.counted = list(self.sums), {}, 0
+        return dict(zip(names, (values / world).tolist()))
+
+    def log(self, means, psnr):
+        """A row of log.csv; psnr is None where there was no validation."""
         with open(self.out / "log.csv", "a", newline="") as f:
             csv.writer(f).writerow([self.step, f"{learning_rate(self.step - 1, self.c):.3g}",
                                     *(f"{v:.8g}" for v in means.values()), "" if psnr is None else f"{psnr:.4f}"])
-        return means
 
     def validate(self, held):
         """Held-out PSNR of the averaged weights; where it is the best so far, best.pt and pictures of the first four."""
@@ -410,19 +415,17 @@ def fit(run, teacher, patches, held, features, amp, stop, rank=0, world=1):
     val_every = c.val_every or min(max(c.steps // 10, 1), 5000)
     goal = min(c.stop_at or c.steps, c.steps)
     run.student.train()
-    bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=rank > 0, dynamic_ncols=True)
+    bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=rank > 0, dynamic_ncols=True,
+               mininterval=0.1 if sys.stderr.isatty() else 10)  # a log file gets a line now and then
     began, first, waited = time.monotonic(), run.step, 0.0
     while run.step < goal and not agreed(stop, run, world):
         before = time.monotonic()
-        where = patches.draw(c.batch, run.generator)
-        lr, hr = patches.batch(where)
-        flips = InvertibleAugmentation.sample(c.batch, ("hflip", "vflip", "transpose"), 0.5, run.generator, lr.device)
-        lr, hr = flips.apply(lr), flips.apply(hr)
+        lr, hr, images = training_pairs(patches, c.batch, run.generator)
         waited += time.monotonic() - before
 
         terms = loss_terms(student, teacher, lr, hr, c, run.generator, amp, part, features)
         total = sum(terms.values())
-        require_finite(total, terms, run, [patches.store.names[i] for i in where[part, 0].tolist()])
+        require_finite(total, terms, run, [patches.store.names[i] for i in images[part]])
         update(run.student, run.optimizer, run.ema, total, c, run.step)
         run.step += 1
         run.add({**terms, "total": total})
@@ -430,9 +433,11 @@ def fit(run, teacher, patches, held, features, amp, stop, rank=0, world=1):
         validated = held and (run.step % val_every == 0 or run.step == c.steps)
         if validated and rank == 0:
             psnr = run.validate(held)
-        if rank == 0 and (validated or run.step % c.log_every == 0):
-            means, spent = run.row(psnr if validated else None), time.monotonic() - began
+        if validated or run.step % c.log_every == 0:
+            means, spent = run.means(world), time.monotonic() - began
             rate = (run.step - first) * c.batch / spent
+            if rank == 0:
+                run.log(means, psnr if validated else None)
             bar.set_postfix_str(f"loss {means['total']:.4f}, {rate:.0f} images/s, data {waited / spent:.0%}"
                                 + (f", held-out {psnr:.2f} dB" if psnr else ""), refresh=False)
         bar.update()
@@ -443,6 +448,14 @@ def fit(run, teacher, patches, held, features, amp, stop, rank=0, world=1):
     if rank == 0:
         run.save()
     return psnr
+
+
+def training_pairs(patches, n, generator):
+    """I_LR and I_HR of n random patches, each pair flipped and transposed at random, and the numbers of their images."""
+    where = patches.draw(n, generator)
+    lr, hr = patches.batch(where)
+    turn = InvertibleAugmentation.sample(n, ("hflip", "vflip", "transpose"), 0.5, generator, lr.device)
+    return turn.apply(lr), turn.apply(hr), where[:, 0].tolist()
 
 
 class Trained(torch.nn.Module):

@@ -538,7 +538,7 @@ def test_other_scales_are_refused(name, scale):
 @pytest.mark.parametrize("teacher, student", [
     ("edsr", "edsr_c64b32"), ("rcan", "rcan_c64b6g10"), ("swinir", "swinir_c60s24"), ("edsr_baseline", "edsr_c32b16"),
     ("rcan_c64b6g10", "rcan_c32b6g10"), ("swinir_c60s24", "swinir_c30s24"), ("edsr_c64b32", "edsr_c32b32"),
-    ("edsr_c16b4r0.5", "edsr_c8b4r0.5")])
+    ("edsr_c16b4r0.5", "edsr_c8b4r0.5"), ("swinir_c54s6", "swinir_c24s6")])
 def test_small_is_the_papers_student_or_half_the_width(teacher, student):
     with torch.device("meta"):
         config = models.from_config(models.small(on_meta(teacher, 3))).config
@@ -728,6 +728,7 @@ def whole_file(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["own", "edsr zip", "edsr legacy", "edsr safetensors"])
+@pytest.mark.filterwarnings("ignore")  # torch's remarks on the damage
 def test_damaged_bytes(folder, kind):
     path = whole_file(folder, kind)
     whole = path.read_bytes()
@@ -787,6 +788,14 @@ def test_every_entry_counts(folder, kind):
     for key in state:
         if not key.endswith(("attn_mask", "relative_position_index")) and "_mean." not in key:
             refused(stored(folder, {k: v for k, v in state.items() if k != key}, "lacking.pt"))
+
+
+@pytest.mark.parametrize("damage", ["number", "flat", "empty", "no columns"])
+def test_every_entrys_shape_counts(folder, damage):
+    state = foreign.randomise(foreign.AuthorsEDSR(2, n=1)).state_dict()
+    for key, value in state.items():
+        if value.shape != DAMAGE[damage](value).shape and "_mean.weight" not in key:
+            refused(stored(folder, state | {key: DAMAGE[damage](value)}, "reshaped.pt"))
 
 
 # -------------------------------------------------------------------------------- other architectures, by spandrel

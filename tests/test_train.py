@@ -139,7 +139,7 @@ def test_shares_of_a_batch_average_to_the_whole():
     whole = terms_of(student, teacher, lr, hr, c)
     parts = [terms_of(student, teacher, lr, hr, c, part=slice(i, i + 1)) for i in range(2)]
     for name in whole:
-        assert float(sum(p[name] for p in parts) / 2) == pytest.approx(float(whole[name]), rel=1e-5), name
+        assert (sum(p[name] for p in parts) / 2).item() == pytest.approx(whole[name].item(), rel=1e-5), name
 
 
 def test_the_papers_weights():
@@ -352,6 +352,7 @@ def test_train_stop_resume_evaluate_upscale(place, tmp_path):
 
 def error_of(capsys, *words):
     """The one line that a wrong command line ends with."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train.main([str(w) for w in words])
     text = capsys.readouterr().err.strip()
