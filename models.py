@@ -29,6 +29,9 @@ SCALES = (2, 3, 4, 8)
 class CheckpointError(ValueError):
     """A model name or a checkpoint file that cannot be used; the message says which, why, and what to do."""
 
+    def __str__(self):  # one line, also where a file's keys or a library's message hold line breaks
+        return " ".join(super().__str__().splitlines())
+
 
 # ------------------------------------------------------------------------------------------------ common parts
 def conv3x3(c_in, c_out):
@@ -56,6 +59,8 @@ class SRNetwork(nn.Module):
         super().__init__()
         if scale not in SCALES:
             raise CheckpointError(f"scale {scale} is not one of {', '.join(map(str, SCALES))}")
+        if len(mean) != 3:
+            raise CheckpointError(f"the mean {mean} is not one of three colours")
         self.scale, self.img_range = scale, float(img_range)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
 
@@ -67,7 +72,7 @@ class SRNetwork(nn.Module):
         bfloat16 has 8 significant bits, and would quantise the output to steps coarser than uint8's."""
         features = self.upsample(features)
         with in_float32(features):
-            return self.conv_last(features.float()) / self.img_range + self.mean
+            return self.conv_last(features.to(self.conv_last.weight.dtype)) / self.img_range + self.mean
 
 
 # ------------------------------------------------------------------------------------------------ EDSR
@@ -94,7 +99,7 @@ class EDSR(SRNetwork):
         self.upsample = upsampler(channels, scale)
         self.conv_last = conv3x3(channels, 3)
         self.taps = [f"body.{i}" for i in range(blocks)]  # feature taps, in order of depth
-        self.receptive_radius = 2 * blocks + 6  # LR pixels; an output pixel depends on no input farther away
+        self.receptive_radius = 2 * blocks + 4  # LR pixels; an output pixel depends on no input farther away
 
     def forward(self, x):
         x = self.conv_first(self.normalise(x))
@@ -210,7 +215,7 @@ class SwinLayer(nn.Module):
 
     def __init__(self, channels, heads, window, shift, mlp_ratio, drop_path):
         super().__init__()
-        hidden = int(channels * mlp_ratio)
+        hidden = int(channels * mlp_ratio + 1e-6)  # 22·(15/22) is 14.999…
         self.window, self.shift, self.drop_path = window, shift, drop_path
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, heads, window)
@@ -252,6 +257,19 @@ class SwinStage(nn.Module):
         return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def mirror(x, below, right):
+    """Mirrors the bottom and right edges `below` and `right` pixels far, in steps where the input is tiny."""
+    grow = [below, right]
+    while any(grow):
+        step = [min(g, n - 1) if n > 1 else 0 for g, n in zip(grow, x.shape[-2:])]
+        if any(step):
+            x = F.pad(x, (0, step[1], 0, step[0]), mode="reflect")
+        else:  # a single row or column has no mirror image but itself
+            x, step = F.pad(x, (0, grow[1], 0, grow[0]), mode="replicate"), grow
+        grow = [g - s for g, s in zip(grow, step)]
+    return x
+
+
 class SwinIR(SRNetwork):
     """Classical SwinIR (head "pixelshuffle") and its lightweight variant (head "pixelshuffledirect").
 
@@ -287,22 +305,13 @@ class SwinIR(SRNetwork):
         self.receptive_radius = None
 
     def pad(self, x):
-        """Mirrors the right and bottom edges up to a multiple of the window, in steps where the input is tiny."""
-        grow = [-n % self.window for n in x.shape[-2:]]
-        while any(grow):
-            step = [min(g, n - 1) if n > 1 else 0 for g, n in zip(grow, x.shape[-2:])]
-            if any(step):
-                x = F.pad(x, (0, step[1], 0, step[0]), mode="reflect")
-            else:  # a single row or column has no mirror image but itself
-                x, step = F.pad(x, (0, grow[1], 0, grow[0]), mode="replicate"), grow
-            grow = [g - s for g, s in zip(grow, step)]
-        return x
+        return mirror(x, *(-n % self.window for n in x.shape[-2:]))
 
     def reconstruct(self, features):
         if self.head == "pixelshuffle":
             return super().reconstruct(self.conv_before_upsample(features))
         with in_float32(features):
-            return self.upsample(features.float()) / self.img_range + self.mean
+            return self.upsample(features.to(self.upsample[0].weight.dtype)) / self.img_range + self.mean
 
     def forward(self, x):
         h, w = x.shape[-2:]
@@ -350,6 +359,8 @@ def parse(name, scale):
             sizes = [int(v) for v in match.groups()[:2 if arch == "edsr" else None]]
             if not all(1 <= v <= LARGEST for v in sizes):
                 raise CheckpointError(f"model '{name}': sizes must lie between 1 and {LARGEST}")
+            if sizes[0] * math.prod(sizes) > 1e8:
+                raise CheckpointError(f"model '{name}' would have billions of weights")
             config = dict(arch=arch, scale=scale, channels=sizes[0])
             if arch == "edsr":
                 res_scale = float(match[3]) if match[3] else published_res_scale(sizes[1])
@@ -386,10 +397,12 @@ def small(teacher):
     with torch.device("meta"):
         if parameters(from_config(paper)) < parameters(teacher):
             return paper
-    half = teacher.config["channels"] // 2
+    half = max(teacher.config["channels"] // 2, 1)
     if arch == "swinir":
-        half -= half % teacher.config["heads"]
-    return teacher.config | dict(channels=max(half, 1))
+        heads = teacher.config["heads"]
+        half = max(half - half % heads, heads)
+    narrower = dict(reduction=min(teacher.config["reduction"], half)) if arch == "rcan" else {}
+    return teacher.config | dict(channels=half) | narrower
 
 
 def parameters(model):
@@ -452,7 +465,7 @@ def read_file(path):
     except ImportError:
         raise CheckpointError(f"{path} needs the package safetensors: pip install safetensors") from None
     except pickle.UnpicklingError as e:
-        if found := re.search(r"(?:GLOBAL|global|class|function) ['\"]?([\w.]+\.[\w.]+)", str(e)):
+        if found := re.search(r"GLOBAL ([\w.]+)", str(e)):
             raise CheckpointError(f"{path} wants to run code ({found[1]}) when loaded and is refused; ask for a file "
                                   "with weights only, or re-save its state dict where you trust it") from None
         raise CheckpointError(f"{path} is not a whole checkpoint file (truncated, or of another kind)") from None
@@ -466,7 +479,9 @@ def unwrap(content, path):
     """The state dict inside a file's content, without wrappers and `module.` prefixes, and the config if it is ours."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no state dict but a {type(content).__name__}")
-    config = content.get("config") if isinstance(content.get("config"), dict) else None
+    config = content.get("config")
+    if not (isinstance(config, dict) and "arch" in config):  # a "config" of another code says nothing to us
+        config = None
     for _ in range(3):  # wrappers nest at most this deep in the wild
         for key in ("params_ema", "params", "state_dict", "model_state_dict", "model", "net"):
             if isinstance(content.get(key), dict):
@@ -475,8 +490,10 @@ def unwrap(content, path):
     state = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if not state:
         raise CheckpointError(f"{path} holds no weights; its first entries are {', '.join(map(str, list(content)[:3]))}")
-    for prefix in ("module.", "_orig_mod.", "model."):
-        if all(k.startswith(prefix) for k in state):
+    for prefix in ("module.", "_orig_mod.", "module.", "model."):
+        # ESRGAN's own keys begin with "model." too: only where a name that we know follows
+        known = prefix != "model." or {"model.head.0.weight", "model.conv_first.weight"} & set(state)
+        if known and all(k.startswith(prefix) for k in state):
             state = {k[len(prefix):]: v for k, v in state.items()}
     return state, config
 
@@ -496,19 +513,41 @@ AUTHORS_NAMES = [
 ]
 
 
+def fold_mean_shifts(state, path):
+    """Takes the 1×1 convolutions sub_mean and add_mean out of an authors' state dict; returns it, and {mean, img_range}.
+
+    Old codes forgot to freeze them, so they may be trained. u = Wx + b is W(x − m) with m = −W⁻¹b: W goes into the first
+    convolution. y = Az + c is (Az + c − m) + m: A and c − m go into the last. Exact, at the zero-padded border too."""
+    shifts = {k: state[k] for k in state if re.fullmatch(r"(sub|add)_mean\.(weight|bias)", k)}
+    state = {k: v for k, v in state.items() if k not in shifts}
+    ends = [state.get(k, torch.empty(0)) for k in ("head.0.weight", "tail.1.weight", "tail.1.bias")]
+    if not shifts or [v.dim() for v in ends] != [4, 4, 1] or [ends[0].shape[1], len(ends[1]), len(ends[2])] != [3, 3, 3]:
+        return state, {}  # nothing to fold, or what is missing will be named with the other misfits
+    try:
+        W, b, A, c = (shifts[f"{n}_mean.{p}"].double().reshape((3, 3) if p == "weight" else 3)
+                      for n in ("sub", "add") for p in ("weight", "bias"))
+        m = torch.linalg.solve(W, -b)
+        img_range = 255.0 if m.max() > 1 else 1.0
+        mean = [round(v / img_range, 6) for v in m.tolist()]
+        m = torch.tensor(mean, dtype=torch.float64) * img_range
+        first = torch.einsum("oihw,ij->ojhw", ends[0].double(), W)
+        last = torch.einsum("ij,jchw->ichw", A, ends[1].double())
+        bias = A @ ends[2].double() + c - m
+    except (KeyError, RuntimeError):
+        m = torch.tensor(torch.nan)
+    if not m.isfinite().all():
+        raise CheckpointError(f"{path}: its sub_mean and add_mean layers are no mean shifts of three colours")
+    folded = {"head.0.weight": first.float(), "tail.1.weight": last.float(), "tail.1.bias": bias.float()}
+    return state | folded, dict(mean=mean, img_range=img_range)
+
+
 def translate(state, path):
     """A state dict under our names, and what its mean-shift layers say of the input: {} or {mean, img_range}."""
-    settings = {}
-    if {"sub_mean.weight", "sub_mean.bias"} <= state.keys():
-        shift, weight = -state["sub_mean.bias"].double().flatten(), state["sub_mean.weight"].double()
-        if shift.numel() != 3 or not torch.equal(weight.flatten(1), torch.eye(3, dtype=torch.float64)):
-            raise CheckpointError(f"{path}: its sub_mean layer is not a plain mean shift of three colours")
-        img_range = 255.0 if shift.max() > 1 else 1.0
-        settings = dict(mean=[round(v / img_range, 4) for v in shift.tolist()], img_range=img_range)
+    state, settings = fold_mean_shifts(state, path)
     rcan = any(".conv_du." in k for k in state)
     translated = {}
     for key, value in state.items():
-        if re.fullmatch(r"(sub|add)_mean\.(weight|bias)|.*\.(attn_mask|relative_position_index)", key):
+        if re.fullmatch(r".*\.(attn_mask|relative_position_index)", key):
             continue  # constants that we hold otherwise
         if "head.0.weight" in state:
             for i, (pattern, name) in enumerate(AUTHORS_NAMES):
@@ -558,6 +597,8 @@ def misfits(model, state):
     wrong += [f"{k} not known" for k in state if k not in expected]
     wrong += [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in expected.items()
               if k in state and state[k].shape != v.shape]
+    wrong += [f"{k} holds no plain floating-point numbers" for k, v in state.items()
+              if not v.is_floating_point() or v.layout != torch.strided]
     return wrong[:3]
 
 
@@ -573,24 +614,23 @@ class Foreign(nn.Module):
 
     def forward(self, x):
         h, w = x.shape[-2:]
-        grow = [max(self.minimum, n + -n % self.multiple) - n for n in (h, w)]
-        padded = F.pad(x, (0, grow[1], 0, grow[0]), mode="replicate")
-        return self.model(padded)[..., :h * self.scale, :w * self.scale]
+        padded = mirror(x, *(max(self.minimum, n + -n % self.multiple) - n for n in (h, w)))
+        return self.model(padded.clone())[..., :h * self.scale, :w * self.scale]  # spandrel's RCAN edits its input
 
 
-def load_foreign(state):
-    """The spandrel network that fits a state dict, or None (also where spandrel is not installed)."""
+def load_foreign(state, override):
+    """The spandrel network that fits a state dict, or None (also where spandrel is not installed, or an override asks
+    for what only our own networks have)."""
     try:
         from spandrel import ImageModelDescriptor, ModelLoader
-    except ImportError:
+    except Exception:  # not there, or broken: a torchvision that does not match torch raises RuntimeError
         return None
     try:
         descriptor = ModelLoader(device="cpu").load_from_state_dict(state)
     except Exception:  # spandrel's way to say "no architecture fits", and a dozen others
         return None
-    if not (isinstance(descriptor, ImageModelDescriptor) and descriptor.input_channels == descriptor.output_channels == 3):
-        return None
-    return Foreign(descriptor).float()
+    fits = isinstance(descriptor, ImageModelDescriptor) and descriptor.input_channels == descriptor.output_channels == 3
+    return Foreign(descriptor).float().eval() if fits and not override else None
 
 
 def load(path, **override):
@@ -604,8 +644,8 @@ def load(path, **override):
     state, settings = translate(original, path)
     config = infer(state)
     if config is None:
-        if foreign := load_foreign(original):
-            return foreign.eval()
+        if foreign := load_foreign(original, override):
+            return foreign
         raise CheckpointError(f"{path} is none of EDSR, RCAN, SwinIR; its first keys are {', '.join(list(original)[:3])}"
                               " (pip install spandrel lets other architectures be teachers)")
     unseen = ("res_scale", "mean", "img_range", "drop_path")
@@ -616,9 +656,11 @@ def load(path, **override):
     try:
         with torch.device("meta"):
             model = from_config(config)
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as e:
         raise CheckpointError(f"{path} looks like {config['arch']} but does not fit it: {e}") from None
     if wrong := misfits(model, state):
+        if foreign := load_foreign(original, override):  # HAT, for one, has all of SwinIR's names and more
+            return foreign
         raise CheckpointError(f"{path} looks like {config['arch']} but does not fit it: {'; '.join(wrong)}")
     model = from_config(config)
     model.load_state_dict(state)

@@ -791,6 +791,7 @@ def test_every_entry_counts(folder, kind):
 
 
 @pytest.mark.parametrize("damage", ["number", "flat", "empty", "no columns"])
+@pytest.mark.filterwarnings("ignore")
 def test_every_entrys_shape_counts(folder, damage):
     state = foreign.randomise(foreign.AuthorsEDSR(2, n=1)).state_dict()
     for key, value in state.items():
