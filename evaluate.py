@@ -10,6 +10,7 @@ luma Y of BT.601 in 16–235 (unrounded), SSIM with an 11×11 Gaussian of σ 1.5
 """
 import argparse
 import datetime
+import difflib
 import json
 import platform
 import shlex
@@ -332,7 +333,14 @@ def write_text(path, text):
 
 # ------------------------------------------------------------------------------------------------ the command line
 class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, and the nearest flag for one that does not exist."""
+
     def error(self, message):
+        known = [o for a in self._actions for o in a.option_strings]
+        if message.startswith("unrecognized arguments:"):
+            wrong = message.split()[2].split("=")[0]
+            near = difflib.get_close_matches(wrong, known, 1)
+            message = f"unknown argument {wrong}{f'; did you mean {near[0]}?' if near else '; see --help'}"
         self.exit(2, f"error: {message}\n")
 
 

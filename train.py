@@ -14,7 +14,6 @@ import copy
 import csv
 import dataclasses
 import datetime
-import difflib
 import json
 import math
 import os
@@ -646,21 +645,9 @@ def listening():
 
 
 # ------------------------------------------------------------------------------------------------ the command line
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, and the nearest flag for one that does not exist."""
-
-    def error(self, message):
-        known = [o for a in self._actions for o in a.option_strings]
-        if message.startswith("unrecognized arguments:"):
-            wrong = message.split()[2].split("=")[0]
-            near = difflib.get_close_matches(wrong, known, 1)
-            message = f"unknown argument {wrong}{f'; did you mean {near[0]}?' if near else '; see --help'}"
-        self.exit(2, f"error: {message}\n")
-
-
 def parse(argv):
     """The command line as a Config. With --resume, the run's own settings; others may not contradict them."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = evaluate.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(Config):
         settings = dict(f.metadata)
         if "action" not in settings:

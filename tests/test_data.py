@@ -9,7 +9,6 @@ import time
 import warnings
 import zlib
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -1,7 +1,6 @@
 """Metrics against hand-computed and slow values, tiles against the whole picture, and the command line."""
 import json
 import math
-from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
