@@ -310,13 +310,13 @@ class Patches:
     Images are drawn uniformly, then positions uniformly over the LR image."""
 
     def __init__(self, store, patch, scale, device="cpu"):
+        self.room = store.lr[:, 1:].cpu() - patch + 1  # (n,2): how many tops and lefts each LR image has
         self.store, self.patch, self.scale, self.device = store.to(device), patch, scale, torch.device(device)
 
     def draw(self, n, generator):
         """Where n patches lie: image, top, left in LR pixels, (n,3) int64 on the CPU."""
         image = torch.randint(len(self.store), (n,), generator=generator)
-        room = self.store.lr[:, 1:].cpu()[image] - self.patch + 1
-        corner = torch.rand(n, 2, generator=generator, dtype=torch.float64) * room  # float32 could round up to `room`
+        corner = torch.rand(n, 2, generator=generator, dtype=torch.float64) * self.room[image]  # float32 could round up to it
         return torch.cat([image[:, None], corner.long()], dim=1)
 
     def batch(self, where):

@@ -363,13 +363,20 @@ def parse(argv):
     return p.parse_args(argv)
 
 
+def pick_device(name=""):
+    """The device of that name, or a GPU where there is one, or the CPU. DataError for one that is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError):
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise data.DataError(f"--device {name} is not there; this machine has {', '.join(there)}") from None
+    return torch.device(name)
+
+
 def load_rows(options):
     """{name: network | Bicubic | folder} in the order given; fixes options.scale and options.device."""
-    try:
-        options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=options.device)
-    except (RuntimeError, AssertionError):
-        raise data.DataError(f"--device {options.device} is not there") from None
+    options.device = pick_device(options.device)
     override = {} if options.res_scale is None else dict(res_scale=options.res_scale)
     rows, scale = {}, options.scale
     for name in options.models:

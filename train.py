@@ -533,14 +533,9 @@ def train(c, command=""):
 
 def choose_device(c):
     """--device, or the GPU of this process where there is one, or the CPU."""
-    name = c.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ConfigError(f"--device {name} is not there; this machine has cpu"
-                          + "".join(f", cuda:{i}" for i in range(torch.cuda.device_count()))) from None
-    if device.type == "cuda":
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else ""
+    device = evaluate.pick_device(c.device or own)
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
 
