@@ -315,6 +315,7 @@ class Run:
         self.optimizer = torch.optim.Adam(trained, lr=c.lr, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
         self.generator = torch.Generator().manual_seed(c.seed)  # patches, zoom-in crops, augmentations
         self.step, self.best, self.sums, self.counted = 0, -math.inf, {}, 0
+        self.saved = None  # the step that last.ckpt holds
 
     def state(self):
         return dict(step=self.step, best=self.best, counted=self.counted, sums={k: float(v) for k, v in self.sums.items()},
@@ -340,11 +341,13 @@ class Run:
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
         self.step, self.best, self.sums, self.counted = (state[k] for k in ("step", "best", "sums", "counted"))
+        self.saved = self.step
 
     def save(self):
         last, previous = (self.out / name for name in CHECKPOINTS)
         models.write_atomically(lambda f: torch.save(self.state(), f), last, keep=previous)
         models.save(self.out / "student.pt", self.ema, raw=self.student.state_dict())
+        self.saved = self.step
 
     def add(self, terms):
         """Collects a step's terms; every --log-every steps their means become a row of log.csv."""
@@ -424,7 +427,7 @@ def fit(run, teacher, patches, held, features, amp, stop, rank=0, world=1):
 
         terms = loss_terms(student, teacher, lr, hr, c, run.generator, amp, part, features)
         total = sum(terms.values())
-        require_finite(total, terms, run, [patches.store.names[i] for i in images[part]])
+        require_finite(total, terms, run, patches.store.names, images[part])
         update(run.student, run.optimizer, run.ema, total, c, run.step)
         run.step += 1
         run.add({**terms, "total": total})
@@ -444,7 +447,7 @@ def fit(run, teacher, patches, held, features, amp, stop, rank=0, world=1):
             run.save()
             saved = time.monotonic()
     bar.close()
-    if rank == 0:
+    if rank == 0 and run.saved != run.step:  # saved twice, one state would fill both checkpoints
         run.save()
     return psnr
 
@@ -479,11 +482,12 @@ def agreed(stop, run, world):
     return bool(flag.item())
 
 
-def require_finite(total, terms, run, names):
+def require_finite(total, terms, run, names, images):
     """Stops before an update by a loss that is NaN or infinite; what the run folder holds stays as it is."""
     if not torch.isfinite(total):
+        where = ", ".join(sorted({names[i] for i in images}))
         bad = next((name for name, value in terms.items() if not torch.isfinite(value)), "total")
-        raise ConfigError(f"the term {bad} is no finite number at step {run.step + 1}, on patches of {', '.join(sorted(set(names)))}; "
+        raise ConfigError(f"the term {bad} is no finite number at step {run.step + 1}, on patches of {where}; "
                           f"{run.out} keeps the last good state. A lower --lr or --precision float32 may help")
 
 

@@ -397,6 +397,16 @@ def test_a_run_folder_is_never_overwritten_and_resume_may_not_contradict(place, 
     assert before == {p.name: p.read_bytes() for p in run.out.iterdir() if p.is_file()}
 
 
+def test_the_checkpoint_before_the_last_is_an_earlier_one_and_serves_where_the_last_is_broken(place, tmp_path, capsys):
+    run = train.train(config(place, tmp_path / "run", val_every=2))
+    step = lambda name: torch.load(run.out / name, weights_only=True)["step"]
+    assert (step("previous.ckpt"), step("last.ckpt")) == (2, 4)
+    whole = weights(run.out)
+    (run.out / "last.ckpt").write_bytes((run.out / "last.ckpt").read_bytes()[:999])
+    train.main(["--resume", "--out", str(run.out)])
+    assert "last.ckpt cannot be read" in capsys.readouterr().err and same(weights(run.out), whole)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(place, tmp_path, capsys):
     bad = models.load(place / "edsr_x4.pt")
     with torch.no_grad():
