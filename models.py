@@ -201,34 +201,34 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x, mask=None):
-        B, N, C = x.shape  # B counts windows of all images, N = w²
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B,heads,N,d)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (heads,N,N)
-        if mask is not None:  # (nW,N,N): one for each window position, the same for every image
-            bias = (bias[None] + mask[:, None]).repeat(B // mask.shape[0], 1, 1, 1)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).expand(B, -1, -1, -1))
+        """x (B,N,C): B counts the windows of all images, N = w². mask (nW,N,N): one for each window of an image.
+
+        Written out: fused attention kernels would want the bias, as large as the scores here, once for every image."""
+        B, N, C = x.shape
+        h, d = self.heads, C // self.heads
+        q, k, v = self.qkv(x).view(B, N, 3, h, d).permute(2, 0, 3, 1, 4)  # (B,h,N,d)
+        bias = self.relative_position_bias_table.index_select(0, self.relative_position_index.flatten())
+        bias = bias.view(N, N, h).permute(2, 0, 1)[None]  # (1,h,N,N)
+        bias = bias if mask is None else bias + mask[:, None]  # (1 or nW,h,N,N)
+        scores = (q * d ** -0.5) @ k.transpose(-2, -1)
+        scores = (scores.view(-1, len(bias), h, N, N) + bias.to(scores.dtype)).view(B, h, N, N)
+        x = scores.softmax(-1).to(v.dtype) @ v
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
 class SwinLayer(nn.Module):
-    """LayerNorm, (shifted) window attention, LayerNorm, MLP, both residual; drop-path only while training."""
+    """LayerNorm, (shifted) window attention, LayerNorm, MLP, both residual."""
 
-    def __init__(self, channels, heads, window, shift, mlp_ratio, drop_path):
+    def __init__(self, channels, heads, window, shift, mlp_ratio):
         super().__init__()
         hidden = int(channels * mlp_ratio + 1e-6)  # 22·(15/22) is 14.999…
-        self.window, self.shift, self.drop_path = window, shift, drop_path
+        self.window, self.shift = window, shift
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, heads, window)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(channels, hidden), "fc2": nn.Linear(hidden, channels)})
 
-    def drop(self, branch):
-        """Stochastic depth: drops the branch for a whole sample, and rescales the rest to keep the mean."""
-        if not (self.training and self.drop_path):
-            return branch
-        keep = 1 - self.drop_path
-        return branch * branch.new_empty(branch.shape[0], 1, 1, 1).bernoulli_(keep) / keep
-
-    def forward(self, x, mask):
+    def forward(self, x, mask, keep):
+        """x (N,H,W,C); keep: drop-path's factors of the two branches, (2,N,1,1,1), or None."""
         _, H, W, _ = x.shape
         y, s, w = self.norm1(x), self.shift, self.window
         if s:
@@ -236,24 +236,25 @@ class SwinLayer(nn.Module):
         y = from_windows(self.attn(to_windows(y, w), mask if s else None), w, H, W)
         if s:
             y = y.roll((s, s), dims=(1, 2))
-        x = x + self.drop(y)
-        return x + self.drop(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
+        x = x + (y if keep is None else y * keep[0])
+        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        return x + (y if keep is None else y * keep[1])
 
 
 class SwinStage(nn.Module):
     """RSTB: a few Swin layers and a convolution, residual."""
 
-    def __init__(self, channels, heads, window, mlp_ratio, drop_paths):
+    def __init__(self, channels, heads, window, mlp_ratio, layers):
         super().__init__()
-        layers = [SwinLayer(channels, heads, window, window // 2 if i % 2 else 0, mlp_ratio, d)
-                  for i, d in enumerate(drop_paths)]
+        layers = [SwinLayer(channels, heads, window, window // 2 if i % 2 else 0, mlp_ratio) for i in range(layers)]
         self.residual_group = nn.ModuleDict({"blocks": nn.ModuleList(layers)})
         self.conv = conv3x3(channels, channels)
 
-    def forward(self, x, mask):
+    def forward(self, x, mask, keep):
+        """keep: as SwinLayer's, one for each layer."""
         y = x
-        for layer in self.residual_group["blocks"]:
-            y = layer(y, mask)
+        for layer, k in zip(self.residual_group["blocks"], keep):
+            y = layer(y, mask, k)
         return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -284,11 +285,11 @@ class SwinIR(SRNetwork):
         if channels % heads:
             raise CheckpointError(f"SwinIR's channels ({channels}) must be a multiple of its {heads} heads")
         self.window, self.head = window, head
-        rates = torch.linspace(0, drop_path, stages * layers, device="cpu").tolist()  # deeper layers drop more often
+        rates = torch.linspace(0, drop_path, stages * layers)  # deeper layers drop more often
+        self.register_buffer("drop_rates", rates.view(stages, layers, 1, 1, 1, 1, 1), persistent=False)
         self.conv_first = conv3x3(3, channels)
         self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(channels)})
-        self.layers = nn.ModuleList([SwinStage(channels, heads, window, mlp_ratio, rates[i * layers:(i + 1) * layers])
-                                     for i in range(stages)])
+        self.layers = nn.ModuleList([SwinStage(channels, heads, window, mlp_ratio, layers) for _ in range(stages)])
         self.norm = nn.LayerNorm(channels)
         self.conv_after_body = conv3x3(channels, channels)
         if head == "pixelshuffle":
@@ -307,6 +308,16 @@ class SwinIR(SRNetwork):
     def pad(self, x):
         return mirror(x, *(-n % self.window for n in x.shape[-2:]))
 
+    def draw_paths(self, n):
+        """Stochastic depth: 0 where a branch is dropped for a whole sample, else what keeps the mean.
+
+        Indexed [stage][layer], (2,n,1,1,1) each, for the two branches of n samples; None each in eval mode."""
+        stages, layers = self.drop_rates.shape[:2]
+        if not (self.training and self.config["drop_path"]):
+            return [[None] * layers] * stages
+        kept = torch.rand(stages, layers, 2, n, 1, 1, 1, device=self.drop_rates.device) >= self.drop_rates
+        return kept / (1 - self.drop_rates)
+
     def reconstruct(self, features):
         if self.head == "pixelshuffle":
             return super().reconstruct(self.conv_before_upsample(features))
@@ -318,8 +329,8 @@ class SwinIR(SRNetwork):
         x = self.conv_first(self.pad(self.normalise(x)))
         mask = shift_mask(*x.shape[-2:], self.window, self.window // 2, x.device)
         y = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (N,H,W,c) between the convolutions
-        for stage in self.layers:
-            y = stage(y, mask)
+        for stage, keep in zip(self.layers, self.draw_paths(len(x))):
+            y = stage(y, mask, keep)
         y = self.conv_after_body(self.norm(y).permute(0, 3, 1, 2)) + x
         return self.reconstruct(y)[..., :h * self.scale, :w * self.scale]
 

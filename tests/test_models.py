@@ -212,18 +212,36 @@ def test_drop_path_acts_in_training_only():
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    layer = models.SwinLayer(4, 1, 8, 0, 1, drop_path=0.25).train()
+    model = swinir(0.25, stages=2).train()
     torch.manual_seed(0)
-    y = layer.drop(torch.ones(4000, 2, 2, 4)).flatten(1)
-    assert (y == y[:, :1]).all()
-    assert y.unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert y.mean().item() == pytest.approx(1, abs=0.03)
+    paths = torch.stack([keep for stage in model.draw_paths(4000) for keep in stage])
+    assert paths.shape == (4, 2, 4000, 1, 1, 1)
+    for rate, layer in zip(torch.linspace(0, 0.25, 4).tolist(), paths):  # deeper layers drop more often
+        assert set(layer.unique().tolist()) <= {0, layer.max().item()} and layer.max().item() == pytest.approx(1 / (1 - rate))
+        assert (layer == 0).float().mean().item() == pytest.approx(rate, abs=0.02)
+        assert [branch.mean().item() for branch in layer] == pytest.approx([1, 1], abs=0.03)
+    layer, x = model.layers[1].residual_group["blocks"][0], torch.rand(2, 8, 8, 12)
+    dropped = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1).expand(2, -1, -1, -1, -1)
+    y, whole = layer(x, None, dropped), layer(x, None, None)
+    assert torch.equal(y[0], x[0]) and torch.allclose(y[1], whole[1], atol=1e-6)
 
 
-def test_drop_path_rates_grow_with_depth():
-    for model, most in ((on_meta("swinir_c60s24", 2), 0.1), (swinir(0.4, stages=2), 0.4)):
-        rates = [m.drop_path for m in model.modules() if isinstance(m, models.SwinLayer)]
-        assert rates == pytest.approx([most * i / (len(rates) - 1) for i in range(len(rates))])
+@pytest.mark.parametrize("shift", [0, 2])
+def test_window_attention_is_the_published_formula(shift):
+    """softmax(qkᵀ/√d + bias + mask)v, one window and one head at a time."""
+    torch.manual_seed(0)
+    attention, mask = models.WindowAttention(6, 2, 4), models.shift_mask(8, 8, 4, shift) if shift else None
+    x = torch.rand(2 * 4, 16, 6)
+    y = attention(x, mask)
+    q, k, v = attention.qkv(x).split(6, dim=-1)
+    for window in range(8):
+        heads = []
+        for head in range(2):
+            cut = slice(3 * head, 3 * head + 3)
+            bias = attention.relative_position_bias_table[:, head][models.relative_position_index(4)]
+            scores = q[window, :, cut] @ k[window, :, cut].T / 3 ** 0.5 + bias + (mask[window % 4] if shift else 0)
+            heads.append(scores.softmax(1) @ v[window, :, cut])
+        assert torch.allclose(y[window], attention.proj(torch.cat(heads, 1)), atol=1e-6)
 
 
 # -------------------------------------------------------------------------------- formats of other codes
