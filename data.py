@@ -183,10 +183,11 @@ def match_lr(paths, lr_places, scale):
 class Store:
     """All training images, decoded: one flat array of RGB pixels and two tables that say where each image lies.
 
-    pixels (P,3) uint8; hr, lr (n,3) int64: first pixel, height, width; names: n file names."""
+    pixels (P,3) uint8; hr, lr (n,3) int64: first pixel, height, width; names: n file names. labels, if set: (P,3)
+    float16, the teacher's picture f_T(I_LR) in [0,1] at the places of I_HR."""
 
-    def __init__(self, pixels, hr, lr, names, file=None):
-        self.pixels, self.hr, self.lr, self.names, self.file = pixels, hr, lr, names, file
+    def __init__(self, pixels, hr, lr, names, file=None, labels=None):
+        self.pixels, self.hr, self.lr, self.names, self.file, self.labels = pixels, hr, lr, names, file, labels
 
     def __len__(self):
         return len(self.names)
@@ -195,9 +196,11 @@ class Store:
         """On `device` where the images fit into half of its free memory; where they do not, they stay, and
         `Patches` gathers on the host."""
         device = torch.device(device)
-        if device.type == "cuda" and self.pixels.numel() > torch.cuda.mem_get_info(device)[0] / 2:
+        tensors = [self.pixels, self.hr, self.lr, *([] if self.labels is None else [self.labels])]
+        if device.type == "cuda" and sum(t.nbytes for t in tensors) > torch.cuda.mem_get_info(device)[0] / 2:
             return self
-        return Store(self.pixels.to(device), self.hr.to(device), self.lr.to(device), self.names, self.file)
+        pixels, hr, lr, *labels = (t.to(device) for t in tensors)
+        return Store(pixels, hr, lr, self.names, self.file, *labels)
 
 
 def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False):
@@ -252,6 +255,23 @@ def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False)
             spill.close()
             Path(spill.name).unlink(missing_ok=True)
     return open_store(file)
+
+
+def room_for_labels(store, ram_limit, cache):
+    """An empty (P,3) float16 tensor for `store.labels`: in memory up to ram_limit bytes, beyond in a file mapped from the
+    folder `cache`, which has no name and goes with the process. DataError where the disk has no room."""
+    count = store.pixels.numel()
+    if 2 * count <= ram_limit:
+        return torch.empty(count, dtype=torch.float16).view(-1, 3)
+    try:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache, prefix="labels", suffix=".tmp") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, 2 * count)
+            return torch.from_file(file.name, shared=True, size=count, dtype=torch.float16).view(-1, 3)
+    except (OSError, RuntimeError) as e:
+        raise DataError(f"{cache}: no room for the teacher's labels ({2 * count / 2**30:.1f} GiB): {getattr(e, 'strerror', None) or e}; "
+                        "free space, name another folder with --cache, or leave --label-once out") from None
 
 
 def store_key(paths, lr_paths, scale, least):
@@ -312,6 +332,7 @@ class Patches:
     def __init__(self, store, patch, scale, device="cpu"):
         self.room = store.lr[:, 1:].cpu() - patch + 1  # (n,2): how many tops and lefts each LR image has
         self.store, self.patch, self.scale, self.device = store.to(device), patch, scale, torch.device(device)
+        self.resident = self.device.type != "cpu" and self.store.pixels.device.type == self.device.type
 
     def draw(self, n, generator):
         """Where n patches lie: image, top, left in LR pixels, (n,3) int64 on the CPU."""
@@ -319,17 +340,30 @@ class Patches:
         corner = torch.rand(n, 2, generator=generator, dtype=torch.float64) * self.room[image]  # float32 could round up to it
         return torch.cat([image[:, None], corner.long()], dim=1)
 
+    def fetch(self, where):
+        """The pixels at the places that `draw` gave, as stored and where stored: {"lr": (n,p,p,3), "hr":
+        (n,s·p,s·p,3)}, and "label" like "hr" where the store has the teacher's."""
+        store, p, s = self.store, self.patch, self.scale
+        where = where.to(store.hr.device)
+        found = dict(lr=_cut(store.pixels, store.lr, where, p, 1), hr=_cut(store.pixels, store.hr, where, p, s))
+        return found if store.labels is None else found | dict(label=_cut(store.labels, store.hr, where, p, s))
+
     def batch(self, where):
         """I_LR (n,3,p,p) and I_HR (n,3,s·p,s·p) at the places that `draw` gave."""
-        where, s = where.to(self.store.pixels.device, non_blocking=True), self.scale
-        scale = torch.tensor([1, s, s], device=where.device)
-        return self._take(self.store.lr, where, self.patch), self._take(self.store.hr, where * scale, self.patch * s)
+        found = self.fetch(where)
+        return tuple(to_float(found[k].to(self.device)) for k in ("lr", "hr"))
 
-    def _take(self, table, where, size):
-        image, top, left = where.unbind(1)
-        first, _, width = table[image].unbind(1)
-        i = torch.arange(size, device=where.device)
-        rows, cols = top[:, None] + i, left[:, None] + i  # (n,size) each
-        index = (first[:, None] + rows * width[:, None])[:, :, None] + cols[:, None, :]  # (n,size,size)
-        pixels = self.store.pixels[index].to(self.device, non_blocking=True)  # (n,size,size,3)
-        return pixels.permute(0, 3, 1, 2).float() / 255
+
+def _cut(pixels, table, where, p, s):
+    """(n,s·p,s·p,C): the square s·p a side at (image, s·top, s·left) for each row of `where`."""
+    image, top, left = where.unbind(1)
+    first, _, width = table[image].unbind(1)
+    i = torch.arange(s * p, device=where.device)
+    rows, cols = s * top[:, None] + i, s * left[:, None] + i  # (n,s·p) each
+    return pixels[(first[:, None] + rows * width[:, None])[:, :, None] + cols[:, None, :]]
+
+
+def to_float(pixels):
+    """uint8 (n,h,w,3), or float16 labels, to float (n,3,h,w) in [0,1]."""
+    x = pixels.permute(0, 3, 1, 2).float()
+    return x / 255 if pixels.dtype == torch.uint8 else x

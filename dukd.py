@@ -13,6 +13,7 @@ Shapes: N samples, C = 3 colours, h×w the LR patch, s the scale. Pictures are f
 absolute error. Everything here is a pure function of its arguments but for the two small classes, which hold what
 was drawn (InvertibleAugmentation) or caught (Taps). Needs torch only: copy the file, or one function, as it is.
 """
+import functools
 import math
 
 import torch
@@ -28,17 +29,24 @@ def zoom_in(hr, size, generator=None):
     hr: I_HR (N,C,H,W); size: h, or (h, w), at most H×W. Returns z (N,C,h,w), a copy.
     Every position is equally likely; positions are drawn on the generator's device (the default: the CPU's).
     ValueError where the crop is larger than the patch."""
-    h, w = (size, size) if isinstance(size, int) else size
-    N, _, H, W = hr.shape
+    size = (size, size) if isinstance(size, int) else size
+    return crop(hr, draw_corners(len(hr), hr.shape[-2:], size, generator).to(hr.device), size)
+
+
+def draw_corners(n, room, size, generator=None):
+    """The random part of `zoom_in`: (n,2) int64, top and left of n crops of size (h, w) inside room (H, W)."""
+    (H, W), (h, w) = room, size
     if h > H or w > W:
         raise ValueError(f"zoom_in: a crop of {h}x{w} does not fit into patches of {H}x{W}")
     where = generator.device if generator is not None else "cpu"
-    top = torch.randint(H - h + 1, (N, 1), generator=generator, device=where).to(hr.device)
-    left = torch.randint(W - w + 1, (N, 1), generator=generator, device=where).to(hr.device)
-    rows = top + torch.arange(h, device=hr.device)  # (N,h)
-    cols = left + torch.arange(w, device=hr.device)  # (N,w)
-    sample = torch.arange(N, device=hr.device)[:, None, None]
-    return hr[sample, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    return torch.cat([torch.randint(m, (n, 1), generator=generator, device=where) for m in (H - h + 1, W - w + 1)], dim=1)
+
+
+def crop(x, corners, size):
+    """Cuts size (h, w) out of each of x (N,C,H,W) at its own corner (N,2) of top and left. A copy, (N,C,h,w)."""
+    rows, cols = (corners[:, i, None] + torch.arange(n, device=x.device) for i, n in enumerate(size))  # (N,h), (N,w)
+    sample = torch.arange(len(x), device=x.device)[:, None, None]
+    return x[sample, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def zoom_out(lr, scale):
@@ -78,14 +86,16 @@ def bicubic_resize(x, factor):
     Differentiable in x; two small matrix products, in float32 (float64 for float64 input)."""
     kind = x.dtype if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
-        A, B = (_bicubic_matrix(n, factor).to(x.device, kind) for n in x.shape[-2:])
+        A, B = (_bicubic_matrix(n, factor, x.device, kind) for n in x.shape[-2:])
         return (A @ x.to(kind) @ B.T).to(x.dtype)
 
 
-def _bicubic_matrix(n, factor):
+@functools.lru_cache(maxsize=64)
+def _bicubic_matrix(n, factor, device, dtype):
     """(m,n): `bicubic_taps` as a dense matrix, taps that fall on one pixel after mirroring added up."""
-    weights, index = bicubic_taps(n, factor)
-    return torch.zeros(len(weights), n, dtype=torch.float64).scatter_add_(1, index, weights)
+    with torch.inference_mode(False):  # what is kept must serve under autograd too
+        weights, index = bicubic_taps(n, factor)
+        return torch.zeros(len(weights), n, dtype=torch.float64).scatter_add_(1, index, weights).to(device, dtype)
 
 
 # ------------------------------------------------------------------------------------------------ augmentation
@@ -114,6 +124,14 @@ class InvertibleAugmentation:
         where = generator.device if generator is not None else "cpu"
         drawn = (torch.rand(len(ops), n, 1, 1, 1, generator=generator, device=where) < p).to(device)
         return cls(dict(zip(ops, drawn)))
+
+    def map(self, f):
+        """The same F with f(mask) for each of its masks: on another device, say."""
+        return InvertibleAugmentation({op: f(mask) for op, mask in self.masks.items()})
+
+    def __len__(self):
+        """The number of samples (0 with no operations)."""
+        return len(next(iter(self.masks.values()), ()))
 
     def __getitem__(self, samples):
         """The F of some of the samples: samples is a slice or an index tensor."""

@@ -346,6 +346,9 @@ class SwinIR(SRNetwork):
         return buffers
 
 
+BLOCKS = (ResidualBlock, RCAB, SwinLayer)  # what each network repeats, and torch.compile is worth its time for
+
+
 # ------------------------------------------------------------------------------------------------ names
 ARCHITECTURES = {"edsr": EDSR, "rcan": RCAN, "swinir": SwinIR}
 PRESETS = {"edsr": "edsr_c256b32", "edsr_baseline": "edsr_c64b16", "rcan": "rcan_c64b20g10", "swinir": "swinir_c180s36"}

@@ -17,6 +17,7 @@ import datetime
 import json
 import math
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -34,8 +35,8 @@ from tqdm import tqdm
 import data
 import evaluate
 import models
-from dukd import (OPERATIONS, InvertibleAugmentation, Taps, adapters, at_loss, dukd_loss, fakd_loss, fitnet_loss,
-                  reconstruction_loss, response_kd_loss, zoom_in, zoom_out)
+from dukd import (OPERATIONS, InvertibleAugmentation, Taps, adapters, at_loss, crop, draw_corners, dukd_loss, fakd_loss,
+                  fitnet_loss, reconstruction_loss, response_kd_loss, zoom_out)
 
 METHODS = ("dukd", "kd", "scratch", "fitnet", "at", "fakd")
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")  # all that --resume needs, and the one before
@@ -93,6 +94,11 @@ class Config:
     device: str = option("", "cpu, cuda, cuda:1, … (default: cuda where there is one)", metavar="NAME")
     precision: str = option("auto", "of the networks' forward and backward (auto: bfloat16 where the device computes in "
                                     "it, else float32); weights and losses are float32", choices=("auto", "float32", "bfloat16"))
+    compile: bool = option(None, "compile the networks' repeated block with torch.compile (default: on CUDA)",
+                           action=argparse.BooleanOptionalAction)
+    record: bool = option(True, "record the step as one CUDA graph (on CUDA, with one process)", action=argparse.BooleanOptionalAction)
+    label_once: bool = option(False, "the teacher labels I_LR once, whole images beforehand, not patches in each step", action="store_true")
+    bench: int = option(0, "measure N steps, print one line of JSON and write nothing", metavar="N")
     ram: float = option(1.0, "GiB of decoded images kept in memory; more go to a mapped file in --cache")
     cache: str = option("", "folder of decoded images (default: ~/.cache/dukd)", metavar="DIR")
     skip_bad: bool = option(False, "leave unusable training images out, with a line each", action="store_true")
@@ -102,7 +108,7 @@ class Config:
     stop_at: int = option(0, "stop, resumably, after this step")
 
 
-MAY_CHANGE = {"out", "resume", "device", "ram", "cache", "val_every", "save_minutes", "stop_at"}  # on --resume
+MAY_CHANGE = {"out", "resume", "device", "compile", "record", "ram", "cache", "val_every", "save_minutes", "stop_at"}  # on --resume
 
 
 def complete(c, teacher):
@@ -121,43 +127,74 @@ def complete(c, teacher):
     return dataclasses.replace(c, **(paper | given | unused))
 
 
-# ------------------------------------------------------------------------------------------------ one batch
-def loss_terms(student, teacher, lr, hr, c, generator, amp, part=slice(None), features=None):
-    """Every term of L for one batch, times its λ: {name: scalar}. Their sum is what is minimised.
+# ------------------------------------------------------------------------------------------------ one step
+def draw(patches, c, generator):
+    """All that is random in one step, drawn on the CPU for the whole batch: the same on every device and in every process.
 
-    student, teacher: f_S, f_T; lr (N,3,h,h), hr (N,3,s·h,s·h) in [0,1]; amp: autocast context of the forwards;
-    part: this process's share of the N samples (all draws are made for all N, the same in every process);
-    features: the baseline's FeatureLoss. The student gets gradient from each term, the teacher from none."""
-    # Upcycling: new inputs out of the training pair, and an F for each sample of them
-    z_in = zoom_in(hr.repeat_interleave(c.crops, 0), lr.shape[-1], generator) if c.zoom_in else lr[:0]
-    z_out = zoom_out(lr, c.scale) if c.zoom_out else lr[:0]
-    draw = lambda z, on: InvertibleAugmentation.sample(len(z), c.ops if on else (), c.p, generator, z.device)
-    F_in, F_out = draw(z_in, c.consistency in ("zoom_in", "both")), draw(z_out, c.consistency in ("zoom_out", "both"))
-    crops = slice(part.start and part.start * c.crops, part.stop and part.stop * c.crops)
-    lr, hr, z_in, F_in, z_out, F_out = lr[part], hr[part], z_in[crops], F_in[crops], z_out[part], F_out[part]
+    Returns {name: tensor or F} with entries of n = batch samples ("corners" and "F_in" of n·crops), and the patches'
+    pixels in place of "where" they lie, if these are not on the device."""
+    n, crops = c.batch, c.batch * c.crops * c.zoom_in
+    sample = lambda n, ops, p: InvertibleAugmentation.sample(n, ops, p, generator)
+    where = patches.draw(n, generator)
+    drawn = dict(images=where[:, 0], turn=sample(n, ("hflip", "vflip", "transpose"), 0.5))
+    drawn["corners"] = draw_corners(crops, [c.patch * c.scale] * 2, [c.patch] * 2, generator)
+    drawn["F_in"] = sample(crops, c.ops if c.consistency in ("zoom_in", "both") else (), c.p)
+    drawn["F_out"] = sample(n * c.zoom_out, c.ops if c.consistency in ("zoom_out", "both") else (), c.p)
+    return drawn | (dict(where=where) if patches.resident else patches.fetch(where))
 
-    # The teacher labels, the student answers; inputs of one size share a forward
-    n, t_lr, t_in, t_out = len(lr), None, None, None
-    watch = features.watch() if features else contextlib.nullcontext()
-    with amp, watch:
-        if teacher is not None:
-            with torch.no_grad():
-                t_lr, t_in = split(teacher(torch.cat([lr, z_in])), n)
-                t_out = teacher(z_out) if len(z_out) else None
-        sr, s_in = split(student(torch.cat([lr, F_in.apply(z_in)])), n)
-        s_out = student(F_out.apply(z_out)) if len(z_out) else None
+
+@dataclass
+class Batch:
+    """What the losses of one step are made of. N samples; floats in [0,1], on the device."""
+    lr: torch.Tensor  # I_LR (N,3,h,w)
+    hr: torch.Tensor  # I_HR (N,3,s·h,s·w)
+    z_in: torch.Tensor  # crops of I_HR (N·crops,3,h,w), or none
+    z_out: torch.Tensor  # I_LR reduced by s (N,3,h/s,w/s), or none
+    F_in: InvertibleAugmentation  # of each z_in
+    F_out: InvertibleAugmentation  # of each z_out
+    t_lr: torch.Tensor = None  # f_T(I_LR), where it was made beforehand
+
+
+def upcycle(patches, drawn, c):
+    """The training pairs that were drawn, turned as drawn, and the new inputs made out of them."""
+    pixels = patches.fetch(drawn["where"]) if "where" in drawn else drawn
+    lr, hr, *t_lr = (drawn["turn"].apply(data.to_float(pixels[k])) for k in ("lr", "hr", "label") if k in pixels)
+    z_in = crop(hr.repeat_interleave(c.crops, 0), drawn["corners"], lr.shape[-2:]) if c.zoom_in else lr[:0]
+    return Batch(lr, hr, z_in, zoom_out(lr, c.scale) if c.zoom_out else lr[:0], drawn["F_in"], drawn["F_out"], *t_lr)
+
+
+def labels(teacher, x, amp):
+    """f_T of I_LR and of the new inputs, without gradient; None where it is not asked. Inputs of one size share a forward."""
+    if teacher is None:
+        return None, None, None
+    with amp, torch.no_grad():
+        asked = torch.cat([x.lr[:0] if x.t_lr is not None else x.lr, x.z_in])
+        answer = teacher(asked) if len(asked) else None
+        t_lr, t_in = (x.t_lr, answer) if x.t_lr is not None else split(answer, len(x.lr))
+        return t_lr, t_in, teacher(x.z_out) if len(x.z_out) else None
+
+
+def loss_terms(student, x, label, c, amp, features=None):
+    """Every term of L for a Batch x and its labels, times its λ: {name: scalar}. Their sum is what is minimised.
+
+    amp: autocast context of the forwards; features: the baseline's FeatureLoss. The student gets gradient from each
+    term, the teacher from none."""
+    t_lr, t_in, t_out = label
+    with amp:
+        sr, s_in = split(student(torch.cat([x.lr, x.F_in.apply(x.z_in)])), len(x.lr))
+        s_out = student(x.F_out.apply(x.z_out)) if len(x.z_out) else None
 
     terms = {}
     if c.lambda_rec:
-        terms["rec"] = c.lambda_rec * reconstruction_loss(sr, hr)
+        terms["rec"] = c.lambda_rec * reconstruction_loss(sr, x.hr)
     if c.lambda_kd:
         terms["kd"] = c.lambda_kd * response_kd_loss(sr, t_lr)
-    if len(z_in) and c.lambda_dukd:
-        terms["zoom_in"] = c.lambda_dukd * dukd_loss(s_in, t_in, F_in)
-    if len(z_out) and c.lambda_dukd:
-        terms["zoom_out"] = c.lambda_dukd * dukd_loss(s_out, t_out, F_out)
-    if len(z_out) and c.lambda_rec:  # I_LR is the ground truth of z_out
-        terms["zoom_out_rec"] = c.lambda_rec * reconstruction_loss(F_out.invert(s_out), lr)
+    if len(x.z_in) and c.lambda_dukd:
+        terms["zoom_in"] = c.lambda_dukd * dukd_loss(s_in, t_in, x.F_in)
+    if len(x.z_out) and c.lambda_dukd:
+        terms["zoom_out"] = c.lambda_dukd * dukd_loss(s_out, t_out, x.F_out)
+    if len(x.z_out) and c.lambda_rec:  # I_LR is the ground truth of z_out
+        terms["zoom_out_rec"] = c.lambda_rec * reconstruction_loss(x.F_out.invert(s_out), x.lr)
     if features:
         terms["feature"] = c.lambda_feature * features.loss()
     return terms
@@ -167,16 +204,34 @@ def split(x, n):
     return x[:n], x[n:]
 
 
-def update(student, optimizer, ema, total, c, step):
-    """One Adam step on L, the sum of the terms, and the averaged weights after it."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, c)
-    optimizer.zero_grad(set_to_none=True)
+def step(run, drawn):
+    """One step, all of it: the batch, its labels, L and its gradient, Adam, the averaged weights.
+    Returns every term and the total, (k,), without gradient."""
+    terms = gradients(run, drawn)
+    update(run.student, run.optimizer, run.ema, run.blend)
+    return terms
+
+
+def gradients(run, drawn):
+    """L of one batch and its gradient, in the .grad of all that is trained. Returns as `step` does."""
+    x = upcycle(run.patches, drawn, run.c)
+    with run.features.watch() if run.features else contextlib.nullcontext():
+        label = labels(run.teacher, x, run.amp)
+        terms = loss_terms(run.called, x, label, run.c, run.amp, run.features)
+    total = sum(terms.values())
+    run.optimizer.zero_grad(set_to_none=True)
     total.backward()
+    return torch.stack([*terms.values(), total]).detach()
+
+
+def update(student, optimizer, ema, blend):
+    """Adam's step, and the averaged weights after it: ema += blend·(weights − ema), blend a tensor."""
     optimizer.step()
-    decay = min(c.ema, (1 + step) / (10 + step))  # a short run is not averaged with its random start
     with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - decay)
+        average = list(ema.parameters())
+        change = torch._foreach_sub(list(student.parameters()), average)
+        torch._foreach_mul_(change, blend)
+        torch._foreach_add_(average, change)
 
 
 def learning_rate(step, c):
@@ -184,6 +239,11 @@ def learning_rate(step, c):
     if c.schedule == "cosine":
         return c.lr * 0.5 * (1 + math.cos(math.pi * step / c.steps))
     return c.lr * 0.1 ** sum(step >= milestone * c.steps for milestone in (0.4, 0.8))
+
+
+def blend(step, c):
+    """1 − decay of the averaged weights at update `step`: a short run is not averaged with its random start."""
+    return 1 - min(c.ema, (1 + step) / (10 + step))
 
 
 class FeatureLoss:
@@ -272,8 +332,8 @@ def describe(config):
     return " ".join(f"{k}={v}" if k != "arch" else v for k, v in config.items() if k not in ("mean", "img_range", "drop_path"))
 
 
-def prepare_data(c, device):
-    """The patches to train on, and the held-out pairs [(name, lr, hr)]."""
+def prepare_data(c):
+    """The Store of training images, and the held-out pairs [(name, lr, hr)]."""
     if c.data:
         train = data.find_images(c.data)
         held = []
@@ -285,10 +345,26 @@ def prepare_data(c, device):
     else:
         train, held = data.embedded(data.EMBEDDED_TRAIN), data.embedded(data.EMBEDDED_VAL)
     held = data.find_images(c.val) if c.val else held
-    cache = Path(c.cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dukd")
     lr_paths = data.match_lr(train, c.lr_data, c.scale)
-    store = data.build_store(train, lr_paths, c.scale, c.patch, c.ram * 2**30, cache, c.skip_bad)
-    return data.Patches(store, c.patch, c.scale, device), [(p.stem, *data.read_pair(p, None, c.scale, 8)) for p in held]
+    store = data.build_store(train, lr_paths, c.scale, c.patch, c.ram * 2**30, cache_folder(c), c.skip_bad)
+    return store, [(p.stem, *data.read_pair(p, None, c.scale, 8)) for p in held]
+
+
+def cache_folder(c):
+    return Path(c.cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dukd")
+
+
+def label_images(teacher, store, amp, c):
+    """f_T(I_LR) of every whole training image, once: what the patches of it are compared with, instead of the teacher's
+    answer to each patch, which knows nothing of its surroundings."""
+    device = next(teacher.parameters()).device
+    store.labels = data.room_for_labels(store, c.ram * 2**30, cache_folder(c))
+    places = list(zip(store.lr.tolist(), store.hr.tolist()))
+    for (first, h, w), (to, H, W) in tqdm(places, desc="labelling", unit="image", leave=False, mininterval=1):
+        lr = data.to_float(store.pixels[first:first + h * w].view(1, h, w, 3).to(device))
+        with amp:
+            sr = evaluate.upscale(teacher, lr, tile=256)
+        store.labels[to:to + H * W] = sr[0].permute(1, 2, 0).reshape(-1, 3)
 
 
 def validate(model, pairs, device):
@@ -307,18 +383,26 @@ def validate(model, pairs, device):
 class Run:
     """A run folder and all that changes while training: what a checkpoint holds, and how it is written."""
 
-    def __init__(self, c, student, features, device):
+    def __init__(self, c, student, teacher, patches, features, device, amp, world=1):
         self.c, self.out, self.device = c, Path(c.out), device
+        self.teacher, self.patches, self.features, self.amp = teacher, patches, features, amp
         self.student, self.ema = student, copy.deepcopy(student).eval().requires_grad_(False)
         self.adapters = features.adapters if features else torch.nn.ModuleList()
         trained = [*student.parameters(), *self.adapters.parameters()]
-        self.optimizer = torch.optim.Adam(trained, lr=c.lr, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
+        self.called = student  # what the step calls: the student, or what averages its gradients over processes
+        if world > 1:
+            self.called = DistributedDataParallel(Trained(student, self.adapters), broadcast_buffers=False)
+        self.lr, self.blend = (torch.zeros((), device=device) for _ in range(2))  # tensors: a recorded step reads them anew
+        fast = dict(fused=True, capturable=device.type == "cuda") if device.type in ("cpu", "cuda") else {}
+        self.optimizer = torch.optim.Adam(trained, lr=self.lr, betas=(0.9, 0.99), **fast)
         self.generator = torch.Generator().manual_seed(c.seed)  # patches, zoom-in crops, augmentations
-        self.step, self.best, self.sums, self.counted = 0, -math.inf, {}, 0
+        self.names = [*term_names(c), "total"]
+        self.step, self.best, self.sums, self.counted = 0, -math.inf, dict.fromkeys(self.names, 0.0), 0
+        self.recent = []  # (step, terms, numbers of the batch's images) that were not looked at yet
         self.saved = None  # the step that last.ckpt holds
 
     def state(self):
-        return dict(step=self.step, best=self.best, counted=self.counted, sums={k: float(v) for k, v in self.sums.items()},
+        return dict(step=self.step, best=self.best, counted=self.counted, sums=self.sums,
                     student=self.student.state_dict(), ema=self.ema.state_dict(), adapters=self.adapters.state_dict(),
                     optimizer=self.optimizer.state_dict(), generator=self.generator.get_state(), random=torch.get_rng_state(),
                     random_cuda=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None)
@@ -336,6 +420,8 @@ class Run:
             raise ConfigError(f"{self.out} holds no checkpoint that can be read; start again with another --out")
         for part in ("student", "ema", "adapters", "optimizer"):
             getattr(self, part).load_state_dict(state[part])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
@@ -349,19 +435,37 @@ class Run:
         models.save(self.out / "student.pt", self.ema, raw=self.student.state_dict())
         self.saved = self.step
 
-    def add(self, terms):
-        """Collects a step's terms; every --log-every steps their means become a row of log.csv."""
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-        self.counted += 1
+    def set_rates(self):
+        """The learning rate and the averaging of the step to come."""
+        self.lr.fill_(learning_rate(self.step, self.c))
+        self.blend.fill_(blend(self.step, self.c))
+
+    def add(self, terms, images):
+        """Notes what a step returned. On a GPU it is looked at later, so that the next step need not wait for it."""
+        self.step += 1
+        self.recent.append((self.step, terms, images))
+
+    def collect(self):
+        """Adds up the terms since the last time. Stops the run at one that is NaN or infinite: nothing has been written
+        since, and the run folder keeps the last good state."""
+        if not self.recent:
+            return
+        for (step, _, images), row in zip(self.recent, torch.stack([terms for _, terms, _ in self.recent]).tolist()):
+            if bad := [name for name, value in zip(self.names, row) if not math.isfinite(value)]:
+                where = ", ".join(sorted({self.patches.store.names[i] for i in images.tolist()}))
+                raise ConfigError(f"the term {bad[0]} is no finite number at step {step}, on patches of {where}; "
+                                  f"{self.out} keeps the last good state. A lower --lr or --precision float32 may help")
+            self.sums = {name: self.sums[name] + value for name, value in zip(self.names, row)}
+        self.counted += len(self.recent)
+        self.recent = []
 
     def means(self, world):
-        """The means of what was collected, over all processes, and a fresh start."""
-        values = torch.stack([torch.as_tensor(v, device=self.device) for v in self.sums.values()]) / self.counted
+        """The means of what was collected, over all processes, and a fresh start: a row of log.csv."""
+        values = torch.tensor([self.sums[name] / self.counted for name in self.names], device=self.device)
         if world > 1:
             dist.all_reduce(values)
-        names, self.sums, self.counted = list(self.sums), {}, 0
-        return dict(zip(names, (values / world).tolist()))
+        self.sums, self.counted = dict.fromkeys(self.names, 0.0), 0
+        return dict(zip(self.names, (values / world).tolist()))
 
     def log(self, means, psnr):
         """A row of log.csv; psnr is None where there was no validation."""
@@ -380,10 +484,10 @@ class Run:
         return psnr
 
 
-def start(run, teacher, held, command):
+def start(run, held, command):
     """Makes the run folder, or, with --resume, checks it and goes back to its last checkpoint."""
     c = run.c
-    columns = ["step", "lr", *term_names(c), "total", "val_psnr"]
+    columns = ["step", "lr", *run.names, "val_psnr"]
     if c.resume:
         run.restore()
         with open(run.out / "log.csv", newline="") as f:  # what was logged after the checkpoint comes again
@@ -395,7 +499,7 @@ def start(run, teacher, held, command):
         except OSError as e:
             raise ConfigError(f"{run.out} cannot be made: {e.strerror or e}; name another --out") from None
         about = dict(config=dataclasses.asdict(c), **evaluate.provenance(command, run.device), student=run.student.config,
-                     teacher=teacher.config if teacher else None, held_out=[n for n, _, _ in held])
+                     teacher=run.teacher.config if run.teacher else None, held_out=[n for n, _, _ in held])
         (run.out / "config.json").write_text(json.dumps(about, indent=1))
         rows = [columns]
     with open(run.out / "log.csv", "w", newline="") as f:
@@ -409,55 +513,175 @@ def term_names(c):
     return [name for name, value in on.items() if value]
 
 
-def fit(run, teacher, patches, held, features, amp, stop, rank=0, world=1):
-    """The loop: to the last step, to --stop-at, or until `stop` holds a signal. Returns the last held-out PSNR."""
+def fit(run, advance, held, stop, rank=0, world=1):
+    """The loop: to the last step, to --stop-at, or until `stop` holds a signal. `advance` is `step`, or does the same
+    faster. Returns the last held-out PSNR."""
     c, psnr, saved = run.c, None, time.monotonic()
-    student = DistributedDataParallel(Trained(run.student, run.adapters), broadcast_buffers=False) if world > 1 else run.student
-    part = slice(rank * c.batch // world, (rank + 1) * c.batch // world) if world > 1 else slice(None)
     val_every = c.val_every or min(max(c.steps // 10, 1), 5000)
     goal = min(c.stop_at or c.steps, c.steps)
-    run.student.train()
     bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=rank > 0, dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 10)  # a log file gets a line now and then
-    began, first, waited = time.monotonic(), run.step, 0.0
+    clock = Clock(run.device)
     while run.step < goal and not agreed(stop, run, world):
-        before = time.monotonic()
-        lr, hr, images = training_pairs(patches, c.batch, run.generator)
-        waited += time.monotonic() - before
-
-        terms = loss_terms(student, teacher, lr, hr, c, run.generator, amp, part, features)
-        total = sum(terms.values())
-        require_finite(total, terms, run, patches.store.names, images[part])
-        update(run.student, run.optimizer, run.ema, total, c, run.step)
-        run.step += 1
-        run.add({**terms, "total": total})
+        run.set_rates()
+        drawn = share(draw(run.patches, c, run.generator), rank, world)
+        with clock:
+            terms = advance(run, drawn)
+        run.add(terms, drawn["images"])
 
         validated = held and (run.step % val_every == 0 or run.step == c.steps)
+        logged = validated or run.step % c.log_every == 0
+        saving = validated or time.monotonic() - saved > 60 * c.save_minutes
+        if run.device.type == "cpu" or logged or saving or len(run.recent) == 100:
+            run.collect()
+        if logged:
+            clock.look()
         if validated and rank == 0:
             psnr = run.validate(held)
-        if validated or run.step % c.log_every == 0:
-            means, spent = run.means(world), time.monotonic() - began
-            rate = (run.step - first) * c.batch / spent
+        if logged:
+            means = run.means(world)
             if rank == 0:
                 run.log(means, psnr if validated else None)
-            bar.set_postfix_str(f"loss {means['total']:.4f}, {rate:.0f} images/s, data {waited / spent:.0%}"
-                                + (f", held-out {psnr:.2f} dB" if psnr else ""), refresh=False)
+            bar.set_postfix_str(f"loss {means['total']:.4f}, {clock.steps * c.batch / clock.wall:.0f} images/s, "
+                                f"data {1 - clock.busy / clock.wall:.0%}" + (f", held-out {psnr:.2f} dB" if psnr else ""), refresh=False)
         bar.update()
-        if rank == 0 and (validated or time.monotonic() - saved > 60 * c.save_minutes):
+        if rank == 0 and saving:
             run.save()
             saved = time.monotonic()
+        if validated or saving:
+            clock.skip()
     bar.close()
+    run.collect()
     if rank == 0 and run.saved != run.step:  # saved twice, one state would fill both checkpoints
         run.save()
     return psnr
 
 
-def training_pairs(patches, n, generator):
-    """I_LR and I_HR of n random patches, each pair flipped and transposed at random, and the numbers of their images."""
-    where = patches.draw(n, generator)
-    lr, hr = patches.batch(where)
-    turn = InvertibleAugmentation.sample(n, ("hflip", "vflip", "transpose"), 0.5, generator, lr.device)
-    return turn.apply(lr), turn.apply(hr), where[:, 0].tolist()
+def share(drawn, rank, world):
+    """This process's part of all that was drawn."""
+    cut = lambda v: v[len(v) * rank // world:len(v) * (rank + 1) // world]
+    return {name: cut(v) for name, v in drawn.items()} if world > 1 else drawn
+
+
+class Clock:
+    """How long the device worked and how long it waited for its next step, over the steps taken under `with`."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+        self.steps, self.busy, self.wall, self.spans = 0, 0.0, 0.0, []
+        self.since = time.monotonic()
+
+    def now(self):
+        """A point on the device's own time line."""
+        if not self.cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self):
+        self.spans.append([self.now()])
+
+    def __exit__(self, *exception):
+        self.spans[-1].append(self.now())
+
+    def look(self):
+        """Adds up the spans since the last time; all their work must be done."""
+        if self.spans:
+            self.busy += sum(a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in self.spans)
+            self.wall += time.monotonic() - self.since
+            self.steps += len(self.spans)
+        self.skip()
+
+    def skip(self):
+        """Leaves out the time since the last look: validation and saving are no waiting for data."""
+        self.since, self.spans = time.monotonic(), []
+
+
+# ------------------------------------------------------------------------------------------------ the same step, faster
+def on_device(drawn, device):
+    """What was drawn, on the device; to a GPU through page-locked memory, so that nothing waits for the copies."""
+    move = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+    return {name: v.map(move) if isinstance(v, InvertibleAugmentation) else move(v) for name, v in drawn.items()}
+
+
+def tensors(drawn):
+    return [t for v in drawn.values() for t in (v.masks.values() if isinstance(v, InvertibleAugmentation) else [v])]
+
+
+class Recorded:
+    """A function of (run, drawn) on the GPU as one CUDA graph: launched at once instead of kernel by kernel.
+
+    The first three calls run as they are, and let cuDNN choose its algorithms and Adam make its state. The next is
+    recorded; from then on a call copies what was drawn into the recorded inputs and replays. Where recording fails (a
+    foreign teacher that waits for the GPU, say), says so and goes on without."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph, self.stream = function, 0, None, torch.cuda.Stream()
+
+    def __call__(self, run, drawn):
+        self.calls += 1
+        if self.calls <= 3 or self.graph is False:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.function(run, on_device(drawn, run.device))
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.graph is None:
+            self.inputs, self.graph = on_device(drawn, run.device), torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.graph):
+                    self.result = self.function(run, self.inputs)
+            except RuntimeError as e:
+                print(f"note: the step cannot be recorded as a CUDA graph ({one_line(e)}); it runs unrecorded", file=sys.stderr)
+                self.graph, self.inputs = False, None
+                return self(run, drawn)
+        for fixed, new in zip(tensors(self.inputs), tensors(drawn)):
+            fixed.copy_(new.pin_memory(), non_blocking=True)
+        self.graph.replay()
+        return self.result.clone()
+
+
+def compile_blocks(run, world):
+    """torch.compile for the block that each network repeats: short to compile, as one serves them all, and where the
+    time goes. Tries it on one batch, leaving weights and random streams alone; where it fails, says so and goes without."""
+    blocks = [m for net in (run.teacher, run.student) if net for m in net.modules() if isinstance(m, models.BLOCKS)]
+    torch._dynamo.config.recompile_limit = 32  # widths, batch sizes and masks of teacher and student
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)
+    try:
+        with spared_streams(run.device):
+            gradients(run, on_device(share(draw(run.patches, run.c, torch.Generator()), 0, world), run.device))
+        return True
+    except Exception as e:  # no compiler, an operation that it does not know, …
+        print(f"note: torch.compile does not work here ({one_line(e)}); the networks run uncompiled", file=sys.stderr)
+        for block in blocks:
+            del block.forward
+        return False
+
+
+def spared_streams(device):
+    """Context after which torch's own random streams are as before it."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def accelerate(run, world=1):
+    """`step`, or its fastest equivalent that the settings and the device allow."""
+    cuda = run.device.type == "cuda"
+    run.student.train()
+    run.compiled = compile_blocks(run, world) if (cuda if run.c.compile is None else run.c.compile) else False
+    return wrapped(step, run, world)
+
+
+def wrapped(function, run, world=1):
+    """A function of (run, drawn) that takes what was drawn on the CPU: recorded where it can be."""
+    if run.device.type == "cuda" and world == 1 and run.c.record:
+        return Recorded(function)
+    return lambda run, drawn: function(run, on_device(drawn, run.device))
 
 
 class Trained(torch.nn.Module):
@@ -482,15 +706,6 @@ def agreed(stop, run, world):
     return bool(flag.item())
 
 
-def require_finite(total, terms, run, names, images):
-    """Stops before an update by a loss that is NaN or infinite; what the run folder holds stays as it is."""
-    if not torch.isfinite(total):
-        where = ", ".join(sorted({names[i] for i in images}))
-        bad = next((name for name, value in terms.items() if not torch.isfinite(value)), "total")
-        raise ConfigError(f"the term {bad} is no finite number at step {run.step + 1}, on patches of {where}; "
-                          f"{run.out} keeps the last good state. A lower --lr or --precision float32 may help")
-
-
 def train(c, command=""):
     """One run, from a Config to a trained student in its folder. Raises ConfigError, DataError or CheckpointError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -502,12 +717,13 @@ def train(c, command=""):
     torch.manual_seed(c.seed)
     student = build_student(c, teacher)
     c.out = c.out or f"runs/{c.method}_{c.student}_x{c.scale}"
-    check_out(c)
+    if not c.bench:
+        check_out(c)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
         if rank:
             dist.barrier()  # rank 0 decodes first; the others find its store
-    patches, held = prepare_data(c, device)
+    store, held = prepare_data(c)
     if world > 1 and rank == 0:
         dist.barrier()
 
@@ -515,17 +731,23 @@ def train(c, command=""):
     place = lambda net: net.to(device, memory_format=torch.channels_last) if net else None
     student, teacher = place(student), place(teacher)
     half = c.precision == "bfloat16" or (c.precision == "auto" and computes_bfloat16(device))
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=half)
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=half)  # of the networks' forwards
+    if c.label_once:
+        label_images(teacher, store, amp, c)
+    patches = data.Patches(store, c.patch, c.scale, device)
     features = FeatureLoss(student, teacher, c) if c.method in FEATURE_LOSSES else None
     torch.manual_seed(c.seed + rank)  # from here on it feeds only SwinIR's drop-path
-    run = Run(c, student, features, device)
+    run = Run(c, student, teacher, patches, features, device, amp, world)
+    run.precision = "bfloat16" if half else "float32"
+    if c.bench:
+        return bench(run, rank, world, command)
     if rank == 0:
-        report(run, teacher, patches, held, features, half)
-        start(run, teacher, held, command)
+        report(run, held)
+        start(run, held, command)
     elif c.resume:
         run.restore()
     with listening() as stop:
-        psnr = fit(run, teacher, patches, held, features, amp, stop, rank, world)
+        psnr = fit(run, accelerate(run, world), held, stop, rank, world)
     if rank == 0:
         conclude(run, psnr)
     if world > 1:
@@ -554,7 +776,11 @@ def computes_bfloat16(device):
 
 def check(c, world):
     """ConfigError for numbers that make no sense."""
-    least = dict(steps=1, batch=1, patch=1, crops=1, log_every=1, lr=0, ema=0, holdout=0, lambda_rec=0, lambda_kd=0, lambda_dukd=0,
+    if c.bench and c.resume:
+        raise ConfigError("--bench measures fresh networks: leave --resume out")
+    if c.label_once and (not c.lambda_kd or c.method in FEATURE_LOSSES):
+        raise ConfigError(f"--label-once serves λ_kd's term, without feature losses: not --method {c.method} as it is set")
+    least = dict(bench=0, steps=1, batch=1, patch=1, crops=1, log_every=1, lr=0, ema=0, holdout=0, lambda_rec=0, lambda_kd=0, lambda_dukd=0,
                  lambda_feature=0, p=0, val_every=0, stop_at=0, ram=0, save_minutes=0)
     for name, value in ((n, getattr(c, n)) for n in least):
         if not (math.isfinite(value) and value >= least[name]):
@@ -585,9 +811,9 @@ def check_out(c):
         raise ConfigError(f"{out} exists already: --resume goes on with it, another --out starts a new run")
 
 
-def report(run, teacher, patches, held, features, half):
+def report(run, held):
     """What is about to run, in a few lines: networks, costs, held-out PSNR, data."""
-    c, s = run.c, run.c.scale
+    c, s, teacher, store = run.c, run.c.scale, run.teacher, run.patches.store
 
     def line(role, net, name):
         text = f"{role:8}{name}: {describe(net.config)}; {models.parameters(net) / 1e6:.2f} M parameters"
@@ -600,17 +826,13 @@ def report(run, teacher, patches, held, features, half):
         if models.parameters(teacher) < models.parameters(run.student):
             print("warning: the student is larger than its teacher")
     print(line("student", run.student, c.student) + (psnr(run.student) if c.init else ""))
-    for text in features.lines if features else ():
+    for text in run.features.lines if run.features else ():
         print(f"tap     {text}")
-    pixels = run_pixels(patches.store) / 1e6
+    pixels = int((store.hr[:, 1] * store.hr[:, 2]).sum()) / 1e6
     bicubic = np.mean([evaluate.psnr_y(data.imresize(lr, s), hr, s) for _, lr, hr in held]) if held else math.nan
-    print(f"data    {len(patches.store)} images, {pixels:.1f} Mpixel; held out {len(held)}, bicubic {bicubic:.2f} dB")
-    print(f"run     {c.out}: {c.method}, {c.steps} steps of {c.batch} on {run.device} ({'bfloat16' if half else 'float32'}); "
+    print(f"data    {len(store)} images, {pixels:.1f} Mpixel; held out {len(held)}, bicubic {bicubic:.2f} dB")
+    print(f"run     {c.out}: {c.method}, {c.steps} steps of {c.batch} on {run.device} ({run.precision}); "
           f"L = {' + '.join(term_names(c))}", flush=True)
-
-
-def run_pixels(store):
-    return int((store.hr[:, 1] * store.hr[:, 2]).sum())
 
 
 def conclude(run, psnr):
@@ -641,6 +863,66 @@ def listening():
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+# ------------------------------------------------------------------------------------------------ what a step costs
+def bench(run, rank, world, command):
+    """--bench N: the cost of N steps after a warm-up, as one line of JSON. Nothing is written."""
+    cuda, began = run.device.type == "cuda", time.monotonic()
+    drawn = lambda: share(draw(run.patches, run.c, run.generator), rank, world)
+    flops = world * count_flops(run, drawn())
+    advance = accelerate(run, world)
+    durations(run, drawn, [advance], 6)
+    ready = time.monotonic()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    [times] = durations(run, drawn, [advance], run.c.bench)
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    median = float(np.median(times))
+    result = dict(teacher=run.teacher and describe(run.teacher.config), student=describe(run.student.config), method=run.c.method,
+                  terms=run.names[:-1], batch=run.c.batch, patch=run.c.patch, processes=world, label_once=run.c.label_once,
+                  precision=run.precision, compiled=run.compiled, recorded=bool(getattr(advance, "graph", False)), steps=run.c.bench,
+                  ms_per_step=dict(median=round(median, 3), min=round(min(times), 3)),
+                  images_per_s=round(1000 * run.c.batch / median, 2), tflop_per_step=round(flops / 1e12, 5),
+                  tflop_per_s=round(flops / median / 1e9, 4), peak_memory_gib=round(peak / 2**30, 3),
+                  warm_up_s=round(ready - began, 2), share=shares(run, drawn), **evaluate.provenance(command, run.device))
+    if rank == 0:
+        print(json.dumps(result), flush=True)
+
+
+def durations(run, drawn, functions, n):
+    """Milliseconds of n calls of each function of (run, drawn), in turns; of each, from its draws to its end."""
+    clock, marks = Clock(run.device), [[] for _ in functions]
+    for _ in range(n):
+        for function, own in zip(functions, marks):
+            run.set_rates()
+            own.append([clock.now()])
+            function(run, drawn())
+            own[-1].append(clock.now())
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    return [[a.elapsed_time(b) if clock.cuda else 1000 * (b - a) for a, b in own] for own in marks]
+
+
+def shares(run, drawn):
+    """The parts of a step's time: by how much longer it takes with the labels than with the data alone, and so on."""
+    def labelled(run, drawn):
+        x = upcycle(run.patches, drawn, run.c)
+        return next(t for t in (*labels(run.teacher, x, run.amp), x.hr) if t is not None)
+    steps = [lambda run, drawn: upcycle(run.patches, drawn, run.c).hr, labelled, gradients, step]
+    steps = [wrapped(f, run) for f in steps]
+    durations(run, drawn, steps, 5)
+    ends = [float(np.median(times)) for times in durations(run, drawn, steps, max(5, run.c.bench // 4))]
+    parts = [max(b - a, 0.0) for a, b in zip([0.0, *ends], ends)]
+    return {name: round(t / sum(parts), 3) for name, t in zip(("data", "teacher", "student", "optimiser"), parts)}
+
+
+def count_flops(run, drawn):
+    """Floating-point operations of a step's forwards and backwards, two to a multiply-add."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with spared_streams(run.device), FlopCounterMode(display=False) as counter:
+        gradients(run, on_device(drawn, run.device))
+    return counter.get_total_flops()
 
 
 # ------------------------------------------------------------------------------------------------ the command line

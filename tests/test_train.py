@@ -1,5 +1,7 @@
 """The training script: losses of a batch, the update, the run folder, resuming, several processes, and its errors."""
+import contextlib
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -75,12 +77,33 @@ def batch_and_config(scale=4, teacher_name="edsr_c12b3", **changes):
     torch.manual_seed(0)
     teacher, student = models.build(teacher_name, scale).eval(), models.build("edsr_c6b3", scale)
     c = train.complete(train.Config(scale=scale, **changes), teacher)
-    return student, teacher, torch.rand(2, 3, 12, 12), torch.rand(2, 3, 12 * scale, 12 * scale), c
+    lr, hr = (torch.randint(256, (2, 3, n, n)).float() / 255 for n in (12, 12 * scale))
+    return student, teacher, lr, hr, c
 
 
-def terms_of(student, teacher, lr, hr, c, seed=0, **more):
+class Pairs:
+    """In place of data.Patches: the same pairs in every draw."""
+    resident = False
+
+    def __init__(self, lr, hr):
+        self.found = {k: (x.permute(0, 2, 3, 1) * 255).round().byte() for k, x in (("lr", lr), ("hr", hr))}
+
+    def draw(self, n, generator):
+        return torch.zeros(n, 3, dtype=torch.long)
+
+    def fetch(self, where):
+        return dict(self.found)
+
+
+def terms_of(student, teacher, lr, hr, c, seed=0, rank=0, world=1, features=None, label=None):
+    """The terms on the pairs (lr, hr), left as they are (not turned)."""
     amp = torch.autocast("cpu", enabled=False)
-    return train.loss_terms(student, teacher, lr, hr, c, torch.Generator().manual_seed(seed), amp, **more)
+    pairs, c = Pairs(lr, hr), dataclasses.replace(c, batch=len(lr), patch=lr.shape[-1])
+    drawn = train.draw(pairs, c, torch.Generator().manual_seed(seed))
+    drawn["turn"] = drawn["turn"].map(torch.zeros_like)
+    x = train.upcycle(pairs, train.share(drawn, rank, world) | ({} if label is None else dict(label=label)), c)
+    with features.watch() if features else contextlib.nullcontext():
+        return train.loss_terms(student, x, train.labels(teacher, x, amp), c, amp, features)
 
 
 @pytest.mark.parametrize("consistency", ["zoom_in", "zoom_out", "both", "none"])
@@ -101,6 +124,7 @@ def test_terms_are_the_papers_equations():
     student, teacher, lr, hr, c = batch_and_config(consistency="both", p=0.5)
     terms = terms_of(student, teacher, lr, hr, c, seed=3)
     g = torch.Generator().manual_seed(3)
+    dukd.InvertibleAugmentation.sample(2, ("hflip", "vflip", "transpose"), 0.5, g)  # of the training pairs
     z_in, z_out = dukd.zoom_in(hr, 12, g), dukd.zoom_out(lr, 4)
     F_in = dukd.InvertibleAugmentation.sample(2, p=0.5, generator=g)
     F_out = dukd.InvertibleAugmentation.sample(2, p=0.5, generator=g)
@@ -137,7 +161,7 @@ def test_shares_of_a_batch_average_to_the_whole():
     """What several processes compute, each on its part, is what one computes on all."""
     student, teacher, lr, hr, c = batch_and_config(crops=2)
     whole = terms_of(student, teacher, lr, hr, c)
-    parts = [terms_of(student, teacher, lr, hr, c, part=slice(i, i + 1)) for i in range(2)]
+    parts = [terms_of(student, teacher, lr, hr, c, rank=i, world=2) for i in range(2)]
     for name in whole:
         assert (sum(p[name] for p in parts) / 2).item() == pytest.approx(whole[name].item(), rel=1e-5), name
 
@@ -161,15 +185,17 @@ def test_learning_rate_milestones_scale_with_the_steps():
 
 def test_each_update_uses_its_own_gradient_alone():
     """Two updates with Adam, against Adam written out (Kingma & Ba, algorithm 1); an old gradient left in would show."""
-    c = train.Config(lr=0.1, steps=100, ema=0.5)
+    c = train.Config(steps=100, ema=0.5)
     net = torch.nn.Linear(1, 1, bias=False)
     ema = torch.nn.Linear(1, 1, bias=False)
     for m in (net, ema):
         torch.nn.init.constant_(m.weight, 1.0)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1, betas=(0.9, 0.99))
     w, average, m1, m2 = 1.0, 1.0, 0.0, 0.0
     for step, slope in enumerate((2.0, -3.0)):
-        train.update(net, optimizer, ema, slope * net.weight.sum(), c, step)
+        optimizer.zero_grad()
+        (slope * net.weight.sum()).backward()
+        train.update(net, optimizer, ema, torch.tensor(train.blend(step, c)))
         m1, m2 = 0.9 * m1 + 0.1 * slope, 0.99 * m2 + 0.01 * slope ** 2
         w -= 0.1 * (m1 / (1 - 0.9 ** (step + 1))) / (math.sqrt(m2 / (1 - 0.99 ** (step + 1))) + 1e-8)
         decay = min(0.5, (1 + step) / (10 + step))
@@ -271,8 +297,8 @@ def test_default_data_needs_no_folder(place, tmp_path):
 
 
 def test_holdout_images_are_not_trained_on(place, tmp_path):
-    patches, held = train.prepare_data(train.complete(config(place, tmp_path, val=[], holdout=1, scale=4), None), torch.device("cpu"))
-    assert [h[0] for h in held] == ["im0"] and patches.store.names == ["im1.png", "im2.png"]
+    store, held = train.prepare_data(train.complete(config(place, tmp_path, val=[], holdout=1, scale=4), None))
+    assert [h[0] for h in held] == ["im0"] and store.names == ["im1.png", "im2.png"]
 
 
 # ------------------------------------------------------------------------------------------------ feature baselines
