@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -440,3 +441,221 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(p
     models.save(tmp_path / "bad.pt", bad)
     with pytest.raises(train.ConfigError, match=r"term kd is no finite number at step 1, on patches of im\d"):
         train.train(config(place, tmp_path / "run", teacher=str(tmp_path / "bad.pt")))
+
+
+# ------------------------------------------------------------------------------------------------ the same step, faster
+@pytest.fixture
+def drawn_run(place, tmp_path):
+    """A Run that is ready to step, and its draws."""
+    made = []
+
+    def make(**changes):
+        c = config(place, tmp_path / f"run{len(made)}", **changes)
+        teacher = train.load_teacher(c)
+        c = train.complete(dataclasses.replace(c, scale=4), teacher)
+        torch.manual_seed(0)
+        student, device = models.build(c.student, 4).train(), torch.device(c.device)
+        store, _ = train.prepare_data(c)
+        amp = torch.autocast("cpu", enabled=False)
+        if c.label_once:
+            train.label_images(teacher, store, amp, c)
+        run = train.Run(c, student, teacher, data.Patches(store, c.patch, 4), None, device, amp)
+        made.append(run)
+        return run
+    return make
+
+
+def steps(run, advance, n):
+    rows = []
+    for _ in range(n):
+        run.set_rates()
+        drawn = train.draw(run.patches, run.c, run.generator)
+        rows.append(advance(run, drawn))
+        run.add(rows[-1], drawn["images"])
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.cuda's streams and graphs, as far as Recorded uses them, on a machine without a GPU."""
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        replays, refuse = 0, False
+
+        def replay(self):
+            Graph.replays += 1
+            recorder, run = Graph.recorded
+            recorder.result.copy_(recorder.function(run, recorder.inputs))
+
+    @contextlib.contextmanager
+    def capture(graph):
+        if Graph.refuse:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        kept = Graph.recorded[1]
+        before = [t.clone() for t in state_of(kept)]
+        yield
+        with torch.no_grad():  # recording computes nothing
+            for t, b in zip(state_of(kept), before):
+                t.copy_(b)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)
+    return Graph
+
+
+def state_of(run):
+    adam = [v for s in run.optimizer.state.values() for v in s.values()]
+    return [*run.student.parameters(), *run.ema.parameters(), *adam]
+
+
+def test_a_recorded_step_is_fed_with_each_draw_and_its_results_are_kept(drawn_run, graphs):
+    plain, recorded = drawn_run(), drawn_run()
+    advance = train.Recorded(train.step)
+    graphs.recorded = (advance, recorded)
+    a, b = steps(plain, train.step, 8), steps(recorded, advance, 8)
+    assert graphs.replays == 5 and torch.equal(a, b) and len(b.unique()) > 30
+    assert all(torch.equal(x, y) for x, y in zip(state_of(plain), state_of(recorded)))
+
+
+def test_where_a_step_cannot_be_recorded_it_goes_on_unrecorded_and_says_so(drawn_run, graphs, capsys):
+    plain, other = drawn_run(), drawn_run()
+    graphs.recorded, graphs.refuse = (None, other), True
+    a, b = steps(plain, train.step, 7), steps(other, train.Recorded(train.step), 7)
+    assert torch.equal(a, b) and graphs.replays == 0
+    assert capsys.readouterr().err.count("note: the step cannot be recorded as a CUDA graph (operation not permitted when") == 1
+
+
+def test_where_the_networks_cannot_be_compiled_they_run_uncompiled(drawn_run, monkeypatch, capsys):
+    def refusing(function, **settings):
+        def call(*args):
+            raise RuntimeError("no C++ compiler")
+        return call
+    monkeypatch.setattr(torch, "compile", refusing)
+    plain, other = drawn_run(), drawn_run(compile=True)
+    before = torch.get_rng_state()
+    advance = train.accelerate(other)
+    assert "note: torch.compile does not work here (no C++ compiler)" in capsys.readouterr().err and not other.compiled
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(steps(plain, train.step, 3), steps(other, advance, 3))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_blocks_give_the_same_steps(drawn_run, capsys):
+    plain, compiled = drawn_run(), drawn_run(compile=True)
+    advance = train.accelerate(compiled)
+    assert compiled.compiled and not capsys.readouterr().err
+    assert torch.allclose(steps(plain, train.step, 3), steps(compiled, advance, 3), rtol=1e-4)
+
+
+def test_labels_made_once_are_the_teachers_on_whole_images(drawn_run):
+    """Beyond a patch's own border the whole image gives the teacher its surroundings; far from it both are the same."""
+    run = drawn_run(label_once=True)
+    store, (first, h, w), (to, H, W) = run.patches.store, *(t[0].tolist() for t in (run.patches.store.lr, run.patches.store.hr))
+    lr = data.to_float(store.pixels[first:first + h * w].view(1, h, w, 3))
+    with torch.no_grad():
+        whole = run.teacher(lr)
+    assert torch.allclose(data.to_float(store.labels[to:to + H * W].view(1, H, W, 3)), whole, atol=1e-3)
+    found = run.patches.fetch(torch.tensor([[0, 1, 2]]))
+    assert torch.allclose(data.to_float(found["label"]), whole[..., 4:4 + 48, 8:8 + 48], atol=1e-3)
+
+
+def test_labels_made_once_replace_the_teachers_answer_to_the_patch(drawn_run):
+    student, teacher, lr, hr, c = batch_and_config()
+    with torch.no_grad():
+        label = teacher(lr).permute(0, 2, 3, 1)
+    asked = []
+    teacher.register_forward_hook(lambda m, x, y: asked.append(len(x[0])))
+    given = terms_of(student, teacher, lr, hr, c, label=label)
+    assert asked == [2, 2]  # z_in and z_out alone
+    for name, value in terms_of(student, teacher, lr, hr, c).items():
+        assert given[name].item() == pytest.approx(value.item(), rel=1e-6), name
+    shifted = terms_of(student, teacher, lr, hr, c, label=label + 1)
+    assert shifted["kd"] > given["kd"] and shifted["zoom_in"] == given["zoom_in"]
+
+
+def test_labels_larger_than_ram_lie_in_a_file_without_a_name(drawn_run, tmp_path):
+    store = drawn_run().patches.store
+    labels = data.room_for_labels(store, 10, tmp_path / "cache")
+    assert labels.shape == store.pixels.shape and labels.dtype == torch.float16 and not any((tmp_path / "cache").iterdir())
+    labels.fill_(0.5)
+    assert (labels == 0.5).all()
+
+
+def test_label_once_trains_and_resumes(place, tmp_path):
+    for name, stop in (("whole", 0), ("parts", 2)):
+        train.train(config(place, tmp_path / name, label_once=True, stop_at=stop))
+    train.main(["--resume", "--out", str(tmp_path / "parts"), "--stop-at", "0"])
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    train.train(config(place, tmp_path / "each"))
+    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "each"))
+
+
+def test_losses_looked_at_late_still_name_the_step(drawn_run):
+    """On a GPU several steps pass before their losses are looked at."""
+    run = drawn_run()
+    steps(run, train.step, 2)
+    with torch.no_grad():
+        run.student.conv_last.bias.fill_(math.nan)
+    steps(run, train.step, 2)
+    with pytest.raises(train.ConfigError, match=r"term rec is no finite number at step 3, on patches of im\d"):
+        run.collect()
+
+
+def test_the_clock_counts_work_and_waiting_apart(monkeypatch):
+    times = iter([0.0, 1, 3, 4, 8, 10, 10, 20, 25, 27, 30, 30])  # begin; two steps; look; skip; skip; one step; look; skip
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(times))
+    clock = train.Clock(torch.device("cpu"))
+    for _ in range(2):
+        with clock:
+            pass
+    clock.look()
+    assert (clock.busy, clock.wall, clock.steps) == (6, 10, 2)
+    clock.skip()  # a validation until 20
+    with clock:
+        pass
+    clock.look()
+    assert (clock.busy, clock.wall, clock.steps) == (8, 20, 3)
+
+
+def test_bench_prints_one_line_and_writes_nothing(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--teacher", place / "edsr_x4.pt", "--student", "edsr_c6b3", "--data", place / "train", "--val", place / "val",
+             "--batch", "2", "--patch", "12", "--device", "cpu", "--cache", tmp_path / "cache", "--bench", "3"]
+    train.main([str(w) for w in words])
+    out = capsys.readouterr().out
+    result = json.loads(out)
+    assert out.count("\n") == 1 and not any(tmp_path.iterdir())
+    assert result["ms_per_step"]["min"] <= result["ms_per_step"]["median"] and result["steps"] == 3 and not result["recorded"]
+    assert result["images_per_s"] == pytest.approx(2000 / result["ms_per_step"]["median"], rel=1e-2)
+    assert list(result["share"]) == ["data", "teacher", "student", "optimiser"] and sum(result["share"].values()) == pytest.approx(1, abs=0.01)
+    assert result["versions"]["torch"] == torch.__version__ and result["peak_memory_gib"] > 0 and result["warm_up_s"] > 0
+
+
+def test_operations_are_counted_as_by_hand(drawn_run):
+    """Teacher: forwards of 2 + 2 patches of 12² and 2 of 3²; student: the same, and backwards of twice as much but for
+    the input of the first convolution, which needs no gradient. Convolutions alone; resizing is a few thousand more."""
+    run = drawn_run()
+    forward = lambda net, n, size: 2 * n * size ** 2 * models.multiply_adds(net, 4, 4)
+    first = 2 * 3 * 9 * 6 * (4 * 12 ** 2 + 2 * 3 ** 2)
+    passes = lambda net: forward(net, 4, 12) + forward(net, 2, 3)
+    counted = train.count_flops(run, train.draw(run.patches, run.c, run.generator))
+    assert counted == pytest.approx(passes(run.teacher) + 3 * passes(run.student) - first, rel=0.01)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family, student", [("edsr", "edsr_c6b3"), ("rcan", "rcan_c16b1g3"), ("swinir", "swinir_c12s6")])
+def test_on_a_gpu_recording_changes_nothing_and_resuming_goes_on(place, tmp_path, family, student):
+    common = dict(device="cuda", teacher=str(place / f"{family}_x4.pt"), student=student, steps=12, compile=False)
+    for name, changes in (("recorded", {}), ("plain", dict(record=False)), ("parts", dict(stop_at=6))):
+        train.train(config(place, tmp_path / name, **{**common, **changes}))
+    train.main(["--resume", "--out", str(tmp_path / "parts"), "--stop-at", "0"])
+    totals = {n: torch.tensor([float(r["total"]) for r in rows(tmp_path / n)]) for n in ("recorded", "plain", "parts")}
+    assert torch.allclose(totals["recorded"], totals["plain"], rtol=1e-3)
+    assert torch.allclose(totals["recorded"], totals["parts"], rtol=1e-3)
