@@ -601,8 +601,12 @@ class Clock:
 # ------------------------------------------------------------------------------------------------ the same step, faster
 def on_device(drawn, device):
     """What was drawn, on the device; to a GPU through page-locked memory, so that nothing waits for the copies."""
-    move = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+    move = lambda t: page_locked(t).to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
     return {name: v.map(move) if isinstance(v, InvertibleAugmentation) else move(v) for name, v in drawn.items()}
+
+
+def page_locked(t):
+    return t.pin_memory() if len(t) else t
 
 
 def tensors(drawn):
@@ -637,7 +641,7 @@ class Recorded:
                 self.graph, self.inputs = False, None
                 return self(run, drawn)
         for fixed, new in zip(tensors(self.inputs), tensors(drawn)):
-            fixed.copy_(new.pin_memory(), non_blocking=True)
+            fixed.copy_(page_locked(new), non_blocking=True)
         self.graph.replay()
         return self.result.clone()
 
