@@ -282,6 +282,8 @@ class FeatureLoss:
 
     def loss(self):
         student, teacher = (tap.features for tap in self.taps)
+        for tap in self.taps:
+            tap.features = []  # else they would keep this step's graph until the next
         if self.adapters:
             student = [adapt(f.float()) for adapt, f in zip(self.adapters, student)]
         return sum(self.measure(s, t) for s, t in zip(student, teacher)) / len(student)
@@ -621,20 +623,16 @@ class Recorded:
     foreign teacher that waits for the GPU, say), says so and goes on without."""
 
     def __init__(self, function):
-        self.function, self.calls, self.graph, self.stream = function, 0, None, torch.cuda.Stream()
+        self.function, self.calls, self.graph = function, 0, None
 
     def __call__(self, run, drawn):
         self.calls += 1
         if self.calls <= 3 or self.graph is False:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                result = self.function(run, on_device(drawn, run.device))
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return result
+            return self.function(run, on_device(drawn, run.device))
         if self.graph is None:
             self.inputs, self.graph = on_device(drawn, run.device), torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(self.graph):
+                with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                     self.result = self.function(run, self.inputs)
             except RuntimeError as e:
                 print(f"note: the step cannot be recorded as a CUDA graph ({one_line(e)}); it runs unrecorded", file=sys.stderr)
@@ -765,8 +763,9 @@ def choose_device(c):
     """--device, or the GPU of this process where there is one, or the CPU."""
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else ""
     device = evaluate.pick_device(c.device or own)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        torch.cuda.set_stream(torch.cuda.Stream())  # all on one stream that is not the default: only such can be recorded
     return device
 
 

@@ -477,11 +477,8 @@ def steps(run, advance, n):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """torch.cuda's streams and graphs, as far as Recorded uses them, on a machine without a GPU."""
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
+    """A stand-in for torch.cuda's graph on a machine without a GPU: recording leaves the state as it was, and replaying
+    runs the recorded function again, on its recorded inputs, and puts the result where it was recorded."""
     class Graph:
         replays, refuse = 0, False
 
@@ -491,7 +488,7 @@ def graphs(monkeypatch):
             recorder.result.copy_(recorder.function(run, recorder.inputs))
 
     @contextlib.contextmanager
-    def capture(graph):
+    def capture(graph, stream):
         if Graph.refuse:
             raise RuntimeError("operation not permitted\nwhen stream is capturing")
         kept = Graph.recorded[1]
@@ -501,9 +498,7 @@ def graphs(monkeypatch):
             for t, b in zip(state_of(kept), before):
                 t.copy_(b)
 
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)
