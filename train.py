@@ -385,8 +385,8 @@ def validate(model, pairs, device):
 class Run:
     """A run folder and all that changes while training: what a checkpoint holds, and how it is written."""
 
-    def __init__(self, c, student, teacher, patches, features, device, amp, world=1):
-        self.c, self.out, self.device = c, Path(c.out), device
+    def __init__(self, c, student, teacher, patches, features, device, amp, rank=0, world=1):
+        self.c, self.out, self.device, self.rank, self.world = c, Path(c.out), device, rank, world
         self.teacher, self.patches, self.features, self.amp = teacher, patches, features, amp
         self.student, self.ema = student, copy.deepcopy(student).eval().requires_grad_(False)
         self.adapters = features.adapters if features else torch.nn.ModuleList()
@@ -461,13 +461,13 @@ class Run:
         self.counted += len(self.recent)
         self.recent = []
 
-    def means(self, world):
+    def means(self):
         """The means of what was collected, over all processes, and a fresh start: a row of log.csv."""
         values = torch.tensor([self.sums[name] / self.counted for name in self.names], device=self.device)
-        if world > 1:
+        if self.world > 1:
             dist.all_reduce(values)
         self.sums, self.counted = dict.fromkeys(self.names, 0.0), 0
-        return dict(zip(self.names, (values / world).tolist()))
+        return dict(zip(self.names, (values / self.world).tolist()))
 
     def log(self, means, psnr):
         """A row of log.csv; psnr is None where there was no validation."""
@@ -515,18 +515,18 @@ def term_names(c):
     return [name for name, value in on.items() if value]
 
 
-def fit(run, advance, held, stop, rank=0, world=1):
+def fit(run, advance, held, stop):
     """The loop: to the last step, to --stop-at, or until `stop` holds a signal. `advance` is `step`, or does the same
     faster. Returns the last held-out PSNR."""
     c, psnr, saved = run.c, None, time.monotonic()
     val_every = c.val_every or min(max(c.steps // 10, 1), 5000)
     goal = min(c.stop_at or c.steps, c.steps)
-    bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=rank > 0, dynamic_ncols=True,
+    bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 10)  # a log file gets a line now and then
     clock = Clock(run.device)
-    while run.step < goal and not agreed(stop, run, world):
+    while run.step < goal and not agreed(stop, run):
         run.set_rates()
-        drawn = share(draw(run.patches, c, run.generator), rank, world)
+        drawn = share(draw(run.patches, c, run.generator), run.rank, run.world)
         with clock:
             terms = advance(run, drawn)
         run.add(terms, drawn["images"])
@@ -538,23 +538,23 @@ def fit(run, advance, held, stop, rank=0, world=1):
             run.collect()
         if logged:
             clock.look()
-        if validated and rank == 0:
+        if validated and run.rank == 0:
             psnr = run.validate(held)
         if logged:
-            means = run.means(world)
-            if rank == 0:
+            means = run.means()
+            if run.rank == 0:
                 run.log(means, psnr if validated else None)
             bar.set_postfix_str(f"loss {means['total']:.4f}, {clock.steps * c.batch / clock.wall:.0f} images/s, "
                                 f"data {1 - clock.busy / clock.wall:.0%}" + (f", held-out {psnr:.2f} dB" if psnr else ""), refresh=False)
         bar.update()
-        if rank == 0 and saving:
+        if run.rank == 0 and saving:
             run.save()
             saved = time.monotonic()
         if validated or saving:
             clock.skip()
     bar.close()
     run.collect()
-    if rank == 0 and run.saved != run.step:  # saved twice, one state would fill both checkpoints
+    if run.rank == 0 and run.saved != run.step:  # saved twice, one state would fill both checkpoints
         run.save()
     return psnr
 
@@ -644,7 +644,7 @@ class Recorded:
         return self.result.clone()
 
 
-def compile_blocks(run, world):
+def compile_blocks(run):
     """torch.compile for the block that each network repeats: short to compile, as one serves them all, and where the
     time goes. Tries it on one batch, leaving weights and random streams alone; where it fails, says so and goes without."""
     blocks = [m for net in (run.teacher, run.student) if net for m in net.modules() if isinstance(m, models.BLOCKS)]
@@ -653,7 +653,7 @@ def compile_blocks(run, world):
         block.forward = torch.compile(block.forward, dynamic=False)
     try:
         with spared_streams(run.device):
-            gradients(run, on_device(share(draw(run.patches, run.c, torch.Generator()), 0, world), run.device))
+            gradients(run, on_device(share(draw(run.patches, run.c, torch.Generator()), 0, run.world), run.device))
         return True
     except Exception as e:  # no compiler, an operation that it does not know, …
         print(f"note: torch.compile does not work here ({one_line(e)}); the networks run uncompiled", file=sys.stderr)
@@ -671,17 +671,17 @@ def one_line(error):
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 
-def accelerate(run, world=1):
+def accelerate(run):
     """`step`, or its fastest equivalent that the settings and the device allow."""
     cuda = run.device.type == "cuda"
     run.student.train()
-    run.compiled = compile_blocks(run, world) if (cuda if run.c.compile is None else run.c.compile) else False
-    return wrapped(step, run, world)
+    run.compiled = compile_blocks(run) if (cuda if run.c.compile is None else run.c.compile) else False
+    return wrapped(step, run)
 
 
-def wrapped(function, run, world=1):
+def wrapped(function, run):
     """A function of (run, drawn) that takes what was drawn on the CPU: recorded where it can be."""
-    if run.device.type == "cuda" and world == 1 and run.c.record:
+    if run.device.type == "cuda" and run.world == 1 and run.c.record:
         return Recorded(function)
     return lambda run, drawn: function(run, on_device(drawn, run.device))
 
@@ -697,9 +697,9 @@ class Trained(torch.nn.Module):
         return self.student(x)
 
 
-def agreed(stop, run, world):
+def agreed(stop, run):
     """Whether to stop: in one process at once, in several when all have looked (every tenth step)."""
-    if world == 1:
+    if run.world == 1:
         return bool(stop)
     if run.step % 10:
         return False
@@ -739,17 +739,17 @@ def train(c, command=""):
     patches = data.Patches(store, c.patch, c.scale, device)
     features = FeatureLoss(student, teacher, c) if c.method in FEATURE_LOSSES else None
     torch.manual_seed(c.seed + rank)  # from here on it feeds only SwinIR's drop-path
-    run = Run(c, student, teacher, patches, features, device, amp, world)
+    run = Run(c, student, teacher, patches, features, device, amp, rank, world)
     run.precision = "bfloat16" if half else "float32"
     if c.bench:
-        return bench(run, rank, world, command)
+        return bench(run, command)
     if rank == 0:
         report(run, held)
         start(run, held, command)
     elif c.resume:
         run.restore()
     with listening() as stop:
-        psnr = fit(run, accelerate(run, world), held, stop, rank, world)
+        psnr = fit(run, accelerate(run), held, stop)
     if rank == 0:
         conclude(run, psnr)
     if world > 1:
@@ -869,12 +869,12 @@ def listening():
 
 
 # ------------------------------------------------------------------------------------------------ what a step costs
-def bench(run, rank, world, command):
+def bench(run, command):
     """--bench N: the cost of N steps after a warm-up, as one line of JSON. Nothing is written."""
     cuda, began = run.device.type == "cuda", time.monotonic()
-    drawn = lambda: share(draw(run.patches, run.c, run.generator), rank, world)
-    flops = world * count_flops(run, drawn())
-    advance = accelerate(run, world)
+    drawn = lambda: share(draw(run.patches, run.c, run.generator), run.rank, run.world)
+    flops = run.world * count_flops(run, drawn())
+    advance = accelerate(run)
     durations(run, drawn, [advance], 6)
     ready = time.monotonic()
     if cuda:
@@ -883,13 +883,13 @@ def bench(run, rank, world, command):
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     median = float(np.median(times))
     result = dict(teacher=run.teacher and describe(run.teacher.config), student=describe(run.student.config), method=run.c.method,
-                  terms=run.names[:-1], batch=run.c.batch, patch=run.c.patch, processes=world, label_once=run.c.label_once,
+                  terms=run.names[:-1], batch=run.c.batch, patch=run.c.patch, processes=run.world, label_once=run.c.label_once,
                   precision=run.precision, compiled=run.compiled, recorded=bool(getattr(advance, "graph", False)), steps=run.c.bench,
                   ms_per_step=dict(median=round(median, 3), min=round(min(times), 3)),
                   images_per_s=round(1000 * run.c.batch / median, 2), tflop_per_step=round(flops / 1e12, 5),
                   tflop_per_s=round(flops / median / 1e9, 4), peak_memory_gib=round(peak / 2**30, 3),
                   warm_up_s=round(ready - began, 2), share=shares(run, drawn), **evaluate.provenance(command, run.device))
-    if rank == 0:
+    if run.rank == 0:
         print(json.dumps(result), flush=True)
 
 

@@ -545,7 +545,7 @@ def test_where_the_networks_cannot_be_compiled_they_run_uncompiled(drawn_run, mo
 def test_compiled_blocks_give_the_same_steps(drawn_run, capsys):
     plain, compiled = drawn_run(), drawn_run(compile=True)
     advance = train.accelerate(compiled)
-    assert compiled.compiled and not capsys.readouterr().err
+    assert compiled.compiled and "note:" not in capsys.readouterr().err
     assert torch.allclose(steps(plain, train.step, 3), steps(compiled, advance, 3), rtol=1e-4)
 
 
