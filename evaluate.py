@@ -11,6 +11,7 @@ luma Y of BT.601 in 16–235 (unrounded), SSIM with an 11×11 Gaussian of σ 1.5
 import argparse
 import datetime
 import difflib
+import functools
 import json
 import platform
 import shlex
@@ -86,10 +87,10 @@ def to_tensor(image, device="cpu"):
 
 def to_uint8(x):
     """Float (1,3,H,W) to uint8 (H,W,3), clipped to [0,1] and rounded half up."""
-    return (x[0].clamp(0, 1) * 255 + 0.5).floor().byte().permute(1, 2, 0).cpu().numpy()
+    return x[0].float().clamp(0, 1).mul_(255).add_(0.5).byte().permute(1, 2, 0).cpu().numpy()  # byte() rounds down
 
 
-RAMP = 16  # LR pixels over which neighbouring tiles fade into each other
+RAMP = 16  # LR pixels on each side of the line where two tiles meet, over which they fade into each other
 
 
 def margin_of(model):
@@ -100,43 +101,59 @@ def margin_of(model):
 
 @torch.no_grad()
 def upscale(model, x, tile=0):
-    """f(x) for one picture x (1,3,h,w) in [0,1] of any size, by overlapping tiles where it is larger than `tile`.
+    """f(x) for pictures x (N,3,h,w) in [0,1] of any size, by tiles where they are larger than `tile`.
 
-    tile: LR pixels a side (0: whole). Tiles start at multiples of 8 (SwinIR's windows stay where they were), see a
-    margin around themselves, and fade into each other, so there are no seams; for EDSR up to 40 blocks the result
-    equals the whole picture's to rounding. Memory: one tile's activations and the result."""
-    h, w = x.shape[-2:]
+    tile: the most LR pixels a side that a tile fills (0: whole); it sees a margin more. For EDSR up to 46 blocks the
+    result equals the whole picture's to rounding; for others tiles fade into each other, so there are no seams."""
+    return torch.cat([*bands(model, x, tile)], dim=2)
+
+
+@torch.no_grad()
+def bands(model, x, tile=0, ensemble=False):
+    """Yields what `upscale` returns from top to bottom, a row of tiles at a time. Memory: one tile's activations and
+    one row of tiles, of a result of any size. ensemble: each tile by `self_ensemble`."""
+    (h, w), s, run = x.shape[-2:], model.scale, functools.partial(self_ensemble, model) if ensemble else model
     if not tile or max(h, w) <= tile:
-        return model(x)
-    s, margin = model.scale, -(-margin_of(model) // 8) * 8
-    total, weight = x.new_zeros(1, 3, h * s, w * s), x.new_zeros(1, 1, h * s, w * s)
-    tile = -(-tile // 8) * 8
-    for top in range(0, h, tile):
-        for left in range(0, w, tile):
-            (y0, y1, wy), (x0, x1, wx) = (span(start, tile, margin, n, s, x) for start, n in ((top, h), (left, w)))
-            part, fade = model(x[..., y0:y1, x0:x1]).float(), wy[:, None] * wx
-            total[..., y0 * s:y1 * s, x0 * s:x1 * s] += part * fade
-            weight[..., y0 * s:y1 * s, x0 * s:x1 * s] += fade
-    return total / weight
+        yield run(x)
+        return
+    rows, columns = ([*spans(n, tile, model, x.device)] for n in (h, w))
+    waiting = x.new_zeros(len(x), 3, 0, w * s)  # rows that fade into the next tiles
+    for (y0, y1, top, bottom, fade_y), below in zip(rows, [row[2] for row in rows[1:]] + [h]):
+        band = x.new_zeros(len(x), 3, (bottom - top) * s, w * s)
+        for x0, x1, left, right, fade_x in columns:
+            part = run(x[..., y0:y1, x0:x1])[..., (top - y0) * s:(bottom - y0) * s, (left - x0) * s:(right - x0) * s]
+            band[..., left * s:right * s] += part * (fade_y[:, None] * fade_x)
+        band[..., :waiting.shape[2], :] += waiting
+        ready = (below - top) * s
+        yield band[..., :ready, :]
+        waiting = band[..., ready:, :].clone()
 
 
-def span(start, tile, margin, n, s, like):
-    """One tile along one axis: what it reads, [a,b) in LR pixels, and its weights in HR pixels: 1 inside, a ramp to 0
-    of RAMP pixels outside, and 0 in the margin beyond, where the network misses a part of what it would see."""
-    a, b = max(start - RAMP - margin, 0), min(start + tile + RAMP + margin, n)
-    centre = (torch.arange((b - a) * s, device=like.device, dtype=like.dtype) + 0.5) / s + a
-    left = 1 if start == 0 else ((centre - (start - RAMP)) / (2 * RAMP)).clamp(0, 1)
-    right = 1 if start + tile >= n else ((start + tile + RAMP - centre) / (2 * RAMP)).clamp(0, 1)
-    return a, b, left * right * torch.ones_like(centre)
+def spans(n, tile, model, device):
+    """Tiles of nearly equal size along an axis of n LR pixels: what each reads, [a,b); what it gives, [c,d); and its
+    weights there, (d−c)·s of them, of sum 1 over the tiles.
+
+    Tiles fade into each other over 2·RAMP pixels, and start to read at multiples of 8, so that SwinIR's windows stay
+    where they were. Where the margin holds all that a network sees, its tiles are exact and meet without fading."""
+    s, margin = model.scale, margin_of(model)
+    ramp = 0 if margin == model.receptive_radius else RAMP
+    count = -(-n // (-(-tile // 8) * 8))
+    size = -(-n // (8 * count)) * 8
+    starts, centre = range(0, n, size), (torch.arange(n * s, device=device) + 0.5) / s
+    rise = [((centre - start + ramp) / max(2 * ramp, 1e-3)).clamp(0, 1) for start in starts]  # 0 before a tile, 1 after
+    rise = [torch.ones_like(centre), *rise[1:], torch.zeros_like(centre)]
+    for i, start in enumerate(starts):
+        c, d = max(start - ramp, 0), min(start + size + ramp, n)
+        yield max(c - margin, 0), min(d + margin, n), c, d, (rise[i] - rise[i + 1])[c * s:d * s]
 
 
-def self_ensemble(model, x, tile=0):
+def self_ensemble(model, x):
     """The mean over the eight flips and transpositions, each undone (the "+" of EDSR+, RCAN+, SwinIR+)."""
     total = 0
     for flips in ((), (-1,), (-2,), (-1, -2)):
         for transpose in (False, True):
             y = x.flip(flips)
-            y = upscale(model, y.transpose(-1, -2) if transpose else y, tile)
+            y = model(y.transpose(-1, -2) if transpose else y)
             total = total + (y.transpose(-1, -2) if transpose else y).flip(flips)
     return total / 8
 
@@ -178,9 +195,9 @@ def score_set(row, pairs, options):
 
 def picture(model, lr, options):
     """A network's uint8 picture of a uint8 LR picture (H,W,3)."""
-    run = self_ensemble if options.self_ensemble else upscale
     with torch.no_grad(), torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
-        return to_uint8(run(model, to_tensor(lr, options.device), options.tile))
+        parts = bands(model, to_tensor(lr, options.device), options.tile, options.self_ensemble)
+        return np.concatenate([to_uint8(band) for band in parts])
 
 
 def read_set(place, scale):

@@ -1,6 +1,7 @@
 """Metrics against hand-computed and slow values, tiles against the whole picture, and the command line."""
 import json
 import math
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -120,6 +121,31 @@ def test_no_tile_is_larger_than_promised():
     net.register_forward_hook(lambda m, x, y: sizes.append(max(x[0].shape[-2:])))
     evaluate.upscale(net, torch.rand(1, 3, 300, 200), 64)
     assert max(sizes) <= 64 + 2 * (evaluate.RAMP + 8)
+
+
+@pytest.mark.parametrize("n, tile, scale", [(1, 1, 2), (300, 64, 4), (65, 64, 3), (40, 32, 8), (57, 8, 2)])
+def test_tiles_share_every_pixel_once(n, tile, scale):
+    """Their weights sum to 1, also where many overlap, and SwinIR's windows of 8 stay where they were."""
+    for radius in (None, 7):
+        total = torch.zeros(n * scale)
+        for a, b, c, d, weights in evaluate.spans(n, tile, SimpleNamespace(scale=scale, receptive_radius=radius), "cpu"):
+            assert 0 <= a <= c < d <= b <= n and weights.min() >= 0
+            assert radius or (a % 8 == 0 and (b % 8 == 0 or b == n))
+            assert d - c <= -(-tile // 8) * 8 + (0 if radius else 2 * evaluate.RAMP)
+            total[c * scale:d * scale] += weights
+        assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["edsr_c4b2", "swinir_c6s6"])
+def test_bands_hold_one_row_of_tiles_and_make_up_the_picture(name):
+    torch.manual_seed(0)
+    net = models.build(name, 2).eval()
+    x = torch.rand(2, 3, 150, 40)
+    bands = list(evaluate.bands(net, x, 48))
+    assert len(bands) == 4 and max(b.shape[2] for b in bands) <= 2 * (48 + 2 * evaluate.RAMP)
+    assert torch.equal(torch.cat(bands, 2), evaluate.upscale(net, x, 48))
+    whole, tiled = (np.stack([evaluate.to_uint8(y[None]) for y in f]).astype(int) for f in (net(x).detach(), torch.cat(bands, 2)))
+    assert abs(whole - tiled).max() <= (0 if name.startswith("edsr") else 1)
 
 
 def test_self_ensemble_commutes_with_flips_and_transposition():
