@@ -13,6 +13,7 @@ import datetime
 import difflib
 import functools
 import json
+import math
 import platform
 import shlex
 import subprocess
@@ -175,29 +176,63 @@ def score_set(row, pairs, options):
 
     row: a network, a Bicubic, or {image name: file} for pictures made elsewhere; pairs: [(name, lr, hr)]."""
     figures, seconds = {}, []
-    for name, lr, hr in tqdm(pairs, leave=False, unit="image"):
-        began = time.perf_counter()
-        if isinstance(row, Bicubic):
-            a, b = published_bicubic(hr, row.scale)
-        else:
-            sr = data.read_image(row[name]) if isinstance(row, dict) else picture(row, lr, options)
-        seconds.append(time.perf_counter() - began)
-        if not isinstance(row, Bicubic):
-            if sr.shape != hr.shape:
-                raise data.DataError(f"{row[name]} is {sr.shape[1]}x{sr.shape[0]}, but its HR image {name}, cropped to a "
-                                     f"multiple of {options.scale}, is {hr.shape[1]}x{hr.shape[0]}")
-            a, b = planes(sr, hr, options.scale)
-        figures[name] = (psnr(a, b), ssim(a, b))
+    by_size = sorted(((lr, name, hr) for name, lr, hr in pairs), key=lambda item: item[0].shape)
+    with tqdm(by_size, leave=False, unit="image") as bar:
+        for batch in batches(bar, options):
+            began = time.perf_counter()
+            if isinstance(row, Bicubic):
+                made = [published_bicubic(hr, row.scale) for _, _, hr in batch]
+            elif isinstance(row, dict):
+                made = [data.read_image(row[name]) for _, name, _ in batch]
+            else:
+                made = upscaled(row, [lr for lr, _, _ in batch], options)
+            seconds += [(time.perf_counter() - began) / len(batch)] * len(batch)
+            for (_, name, hr), sr in zip(batch, made):
+                if isinstance(row, dict) and sr.shape != hr.shape:
+                    raise data.DataError(f"{row[name]} is {sr.shape[1]}x{sr.shape[0]}, but its HR image {name}, cropped to a "
+                                         f"multiple of {options.scale}, is {hr.shape[1]}x{hr.shape[0]}")
+                a, b = sr if isinstance(row, Bicubic) else planes(sr, hr, options.scale)
+                figures[name] = (psnr(a, b), ssim(a, b))
+    figures = {name: figures[name] for name, _, _ in pairs}  # in the set's order again
     mean = np.mean(list(figures.values()), axis=0)
     return dict(psnr=float(mean[0]), ssim=float(mean[1]), seconds=float(np.median(seconds)),
                 images={k: dict(psnr=p, ssim=s) for k, (p, s) in figures.items()})
 
 
-def picture(model, lr, options):
-    """A network's uint8 picture of a uint8 LR picture (H,W,3)."""
-    with torch.no_grad(), torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
-        parts = bands(model, to_tensor(lr, options.device), options.tile, options.self_ensemble)
-        return np.concatenate([to_uint8(band) for band in parts])
+def batches(items, options):
+    """Lists of consecutive items (picture, …) with pictures of one size: on a GPU as many as fill one tile, on the CPU
+    one by one, which is as fast there. Where `items` fails, what came before it is handed out first."""
+    limit, batch = 0 if options.device.type == "cpu" else (options.tile or 256) ** 2, []
+    try:
+        for item in items:
+            h, w = item[0].shape[:2]
+            if batch and (batch[0][0].shape[:2] != (h, w) or (len(batch) + 1) * h * w > limit):
+                yield batch
+                batch = []
+            batch.append(item)
+    except data.DataError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def precision(options):
+    """The context in which networks run at --precision."""
+    half = dict(bfloat16=torch.bfloat16, float16=torch.float16).get(options.precision)
+    return torch.autocast(options.device.type, half or torch.bfloat16, enabled=half is not None)
+
+
+def upscaled(model, lrs, options):
+    """A network's uint8 pictures of uint8 LR pictures (H,W,3) of one size. DataError where they are not finite."""
+    x, parts = torch.cat([to_tensor(lr, options.device) for lr in lrs]), []
+    with torch.inference_mode(), precision(options):
+        for band in bands(model, x, options.tile, options.self_ensemble):
+            if not band.isfinite().all():
+                raise data.DataError(f"the network gives values that are not finite at --precision {options.precision}")
+            parts.append([to_uint8(y[None]) for y in band])
+    return [np.concatenate(p) for p in zip(*parts)]
 
 
 def read_set(place, scale):
@@ -289,7 +324,7 @@ def figure(rows, pair, options, size=96):
     """Crops of HR and of every row side by side, 3× enlarged, the crop chosen where bicubic errs most."""
     name, lr, hr = pair
     s, size = options.scale, min(size, *hr.shape[:2])
-    pictures = {"HR": hr} | {label: picture(row, lr, options) for label, row in rows.items() if not isinstance(row, Path)}
+    pictures = {"HR": hr} | {label: upscaled(row, [lr], options)[0] for label, row in rows.items() if not isinstance(row, Path)}
     pictures |= {label: data.read_image(match_results(row, [name], s)[name]) for label, row in rows.items() if isinstance(row, Path)}
     error = np.abs(luma(data.imresize(lr, s)) - luma(hr))
     sums = np.pad(error.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
@@ -311,19 +346,19 @@ def upscale_files(model, options):
     if clash := next((t for t in targets if t.exists() or targets.count(t) > 1), None):
         raise data.DataError(f"{clash} exists already, or two pictures would go there: nothing is overwritten, name another --output")
     make_folder(out.parent if single else out)
-    for path, target in zip(tqdm(paths, unit="picture", disable=len(paths) == 1), targets):
-        image = data.read_picture(path)
-        channels = image.shape[2]
-        rgb = image[..., :3] if channels >= 3 else image[..., :1].repeat(3, 2)
-        big = picture(model, rgb, options)
-        if channels < 3:  # the three channels of a grey input differ by less than a grey level
-            big = np.floor(big.mean(2, keepdims=True) + 0.5).astype(np.uint8)
-        if channels in (2, 4):
-            if target.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
-                raise data.DataError(f"{path} has alpha, which {target.suffix} cannot hold: write a .png")
-            big = np.concatenate([big, data.imresize(image[..., -1:], options.scale)], axis=2)
-        write_picture(target, big)
-        tqdm.write(f"{target}  {big.shape[1]}x{big.shape[0]}")
+    with tqdm(paths, unit="picture", disable=len(paths) == 1) as bar:
+        for batch in batches(((data.read_picture(path), path, target) for path, target in zip(bar, targets)), options):
+            rgb = [image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2) for image, _, _ in batch]
+            for (image, path, target), big in zip(batch, upscaled(model, rgb, options)):
+                channels = image.shape[2]
+                if channels < 3:  # the three channels of a grey input differ by less than a grey level
+                    big = np.floor(big.mean(2, keepdims=True) + 0.5).astype(np.uint8)
+                if channels in (2, 4):
+                    if target.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
+                        raise data.DataError(f"{path} has alpha, which {target.suffix} cannot hold: write a .png")
+                    big = np.concatenate([big, data.imresize(image[..., -1:], options.scale)], axis=2)
+                write_picture(target, big)
+                tqdm.write(f"{target}  {big.shape[1]}x{big.shape[0]}")
 
 
 def make_folder(folder):
@@ -375,7 +410,7 @@ def parse(argv):
     p.add_argument("--tile", type=int, default=256, help="LR pixels a side of a tile; 0: the whole picture at once [256]")
     p.add_argument("--self-ensemble", action="store_true", help="mean over the eight flips and transpositions")
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1, … [cuda where there is one]")
-    p.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="of the networks [float32]")
+    p.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "float16"), help="of the networks [float32]")
     p.add_argument("--res-scale", type=float, help="EDSR's residual scale, where a file departs from the published models")
     return p.parse_args(argv)
 
@@ -394,6 +429,8 @@ def pick_device(name=""):
 def load_rows(options):
     """{name: network | Bicubic | folder} in the order given; fixes options.scale and options.device."""
     options.device = pick_device(options.device)
+    if options.precision == "float16" and options.device.type == "cpu":
+        raise data.DataError("--precision float16 needs a GPU: on the CPU it is many times slower than bfloat16, use that")
     override = {} if options.res_scale is None else dict(res_scale=options.res_scale)
     rows, scale = {}, options.scale
     for name in options.models:
