@@ -4,6 +4,7 @@
     python evaluate.py --sr results/mine --data Set5 --scale 4                score pictures made by any other tool
     python evaluate.py student.pt --input photo.jpg --output big              upscale a picture, or a folder of them
     python evaluate.py student.pt bicubic --data Set5 --figure compare.png    crops of HR and of every row, side by side
+    python evaluate.py teacher.pt student.pt --bench                          milliseconds an image, in turns
 
 Protocol: HR cropped to a multiple of s, LR by MATLAB's bicubic, SR rounded to uint8, s pixels shaved off each border,
 luma Y of BT.601 in 16–235 (unrounded), SSIM with an 11×11 Gaussian of σ 1.5.
@@ -282,16 +283,22 @@ def provenance(command, device):
                 started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
 
 
+def multiply_adds(row, width=1280, height=720):
+    """`models.multiply_adds` of a row, or None where there are none to count or they cannot be."""
+    try:
+        return models.multiply_adds(row, width, height) if models.parameters(row) else None
+    except Exception:  # a foreign network with operations that cannot be counted
+        return None
+
+
 def table(rows, sets, results):
     """The text of the table: a line a model, a column a set."""
     head = ["model", "params", "madds", *(f"{s} PSNR/SSIM" for s in sets), "s/image"]
     lines = [head]
     for name, row in rows.items():
         size = models.parameters(row) if isinstance(row, torch.nn.Module) else 0
-        try:
-            cost = f"{models.multiply_adds(row) / 1e9:.1f} G" if size else "-"
-        except Exception:  # a foreign network with operations that cannot be counted
-            cost = "?"
+        madds = size and multiply_adds(row)
+        cost = f"{madds / 1e9:.1f} G" if madds else "?" if size else "-"
         scores = [results[name][s] for s in sets]
         lines.append([name, f"{size / 1e6:.2f} M" if size else "-", cost,
                       *(f"{r['psnr']:.2f}/{r['ssim']:.4f}" for r in scores), f"{np.median([r['seconds'] for r in scores]):.3f}"])
@@ -317,6 +324,48 @@ def evaluate(rows, options):
     if options.figure:
         label, pairs = next(iter(sets.items()))
         write_picture(options.figure, figure(rows, pairs[options.image % len(pairs)], options))
+
+
+# ------------------------------------------------------------------------------------------------ speed
+def bench(rows, options):
+    """Prints a line of JSON a network: its time for one picture of 1280×720, the field's convention, not in tiles.
+
+    The networks take turns, so what slows the machine down for a while slows all of them. ratio: median time over
+    the first network's. peak_mib: on a GPU the most allocated in a run; on the CPU the process's peak so far."""
+    device, s, gpu = options.device, options.scale, options.device.type == "cuda"
+    h, w = 720 // s, 1280 // s
+    x = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(0)).to(device, memory_format=torch.channels_last)
+    times, peak = {name: [] for name in rows}, {}
+    for _ in tqdm(range(options.bench + 2), leave=False, unit="turn"):
+        for name, row in rows.items():
+            if gpu:
+                torch.cuda.reset_peak_memory_stats(device)
+            began = time.perf_counter()
+            with torch.inference_mode(), precision(options):
+                next(bands(row, x, ensemble=options.self_ensemble))
+            if gpu:
+                torch.cuda.synchronize(device)
+            times[name].append(1000 * (time.perf_counter() - began))
+            peak[name] = peak_mib(device)
+    times = {name: t[2:] for name, t in times.items()}  # the first two warm up
+    first, about = np.median(next(iter(times.values()))), provenance(options.command, device)
+    for name, row in rows.items():
+        ms, madds = np.median(times[name]), multiply_adds(row, w * s, h * s)
+        gflops = madds and round(2 * madds * (8 if options.self_ensemble else 1) / ms / 1e6, 1)
+        print(json.dumps(dict(model=name, ms=round(ms, 3), ms_min=round(min(times[name]), 3), images_per_s=round(1000 / ms, 2),
+                              ratio=round(ms / first, 4), gflops_per_s=gflops, peak_mib=peak[name], turns=options.bench,
+                              input=[w, h], scale=s, precision=options.precision, self_ensemble=options.self_ensemble, **about)))
+
+
+def peak_mib(device):
+    """The most memory held so far: what torch allocated on a GPU, else the process's resident set (None on Windows)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10))
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -411,6 +460,7 @@ def parse(argv):
     p.add_argument("--self-ensemble", action="store_true", help="mean over the eight flips and transpositions")
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1, … [cuda where there is one]")
     p.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "float16"), help="of the networks [float32]")
+    p.add_argument("--bench", nargs="?", type=int, const=10, metavar="N", help="time the networks in N turns on one picture [10]")
     p.add_argument("--res-scale", type=float, help="EDSR's residual scale, where a file departs from the published models")
     return p.parse_args(argv)
 
@@ -459,11 +509,15 @@ def main(argv=None):
         options.command = shlex.join(["python", "evaluate.py", *argv])
         if not options.models and not options.sr:
             raise data.DataError("name a checkpoint, or bicubic, or a folder with --sr (see --help)")
-        if bool(options.input) != bool(options.output) or not (options.input or options.data):
-            raise data.DataError("give --data DIR to score, or --input and --output to upscale")
+        if bool(options.input) != bool(options.output) or not (options.input or options.data or options.bench is not None):
+            raise data.DataError("give --data DIR to score, --input and --output to upscale, or --bench")
+        if options.bench is not None and (options.bench < 1 or options.sr):
+            raise data.DataError(f"--bench {options.bench}: needs 1 turn or more, and networks, not --sr")
         if options.tile < 0:
             raise data.DataError(f"--tile {options.tile} must be 0 or more")
         rows = load_rows(options)
+        if options.bench:
+            bench(rows, options)
         if options.data:
             evaluate(rows, options)
         if options.input:

@@ -293,6 +293,27 @@ def test_a_broken_picture_loses_none_before_it(place, capsys, tmp_path, batched,
     assert np.array_equal(iio.imread(tmp_path / "alone.png"), iio.imread(tmp_path / "big" / "0_x4.png"))
 
 
+def test_bench_takes_turns_and_prints_a_line_a_network(place, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    original, seen = evaluate.bands, []
+    monkeypatch.setattr(evaluate, "bands", lambda row, x, **k: seen.append((row, tuple(x.shape))) or original(row, x[..., :9, :9], **k))
+    out = run(capsys, place / "a.pt", place / "b.pt", "bicubic", "--bench", "3", "--precision", "bfloat16", "--device", "cpu")
+    a, b, bicubic = map(json.loads, out.splitlines())
+    rows = [row for row, _ in seen[:3]]
+    assert [row for row, _ in seen] == rows * 5 and len(set(rows)) == 3 and {shape for _, shape in seen} == {(1, 3, 180, 320)}
+    assert [r["model"] for r in (a, b, bicubic)] == ["a.pt", "b.pt", "bicubic"] and a["precision"] == "bfloat16"
+    assert a["ratio"] == 1 and b["ratio"] == pytest.approx(b["ms"] / a["ms"], rel=0.02) and a["ms_min"] <= a["ms"]
+    assert a["gflops_per_s"] == pytest.approx(2 * models.multiply_adds(rows[0]) / a["ms"] / 1e6, rel=0.02)
+    assert bicubic["gflops_per_s"] is None and a["peak_mib"] > 50 and a["input"] == [320, 180] and a["turns"] == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_refuses_what_it_cannot_time(place, capsys):
+    for n in ("0", "-3", "many", "1.5"):
+        assert "--bench" in error_of(capsys, place / "a.pt", "--bench", n)
+    assert "--sr" in error_of(capsys, place / "a.pt", "--bench", "--sr", place / "set")
+
+
 def test_half_precision(place, capsys, tmp_path):
     """bfloat16 is near; float16 needs a GPU; values that are not finite are no black picture but an error."""
     assert "float16 needs a GPU" in error_of(capsys, place / "a.pt", "--data", place / "set", "--precision", "float16", "--device", "cpu")
