@@ -4,6 +4,7 @@
     python evaluate.py --sr results/mine --data Set5 --scale 4                score pictures made by any other tool
     python evaluate.py student.pt --input photo.jpg --output big              upscale a picture, or a folder of them
     python evaluate.py student.pt bicubic --data Set5 --figure compare.png    crops of HR and of every row, side by side
+    python evaluate.py teacher.pt student.pt --bench                          milliseconds an image, in turns
 
 Protocol: HR cropped to a multiple of s, LR by MATLAB's bicubic, SR rounded to uint8, s pixels shaved off each border,
 luma Y of BT.601 in 16–235 (unrounded), SSIM with an 11×11 Gaussian of σ 1.5.
@@ -11,7 +12,9 @@ luma Y of BT.601 in 16–235 (unrounded), SSIM with an 11×11 Gaussian of σ 1.5
 import argparse
 import datetime
 import difflib
+import functools
 import json
+import math
 import platform
 import shlex
 import subprocess
@@ -86,10 +89,10 @@ def to_tensor(image, device="cpu"):
 
 def to_uint8(x):
     """Float (1,3,H,W) to uint8 (H,W,3), clipped to [0,1] and rounded half up."""
-    return (x[0].clamp(0, 1) * 255 + 0.5).floor().byte().permute(1, 2, 0).cpu().numpy()
+    return x[0].float().clamp(0, 1).mul_(255).add_(0.5).byte().permute(1, 2, 0).cpu().numpy()  # byte() rounds down
 
 
-RAMP = 16  # LR pixels over which neighbouring tiles fade into each other
+RAMP = 16  # LR pixels on each side of the line where two tiles meet, over which they fade into each other
 
 
 def margin_of(model):
@@ -100,43 +103,59 @@ def margin_of(model):
 
 @torch.no_grad()
 def upscale(model, x, tile=0):
-    """f(x) for one picture x (1,3,h,w) in [0,1] of any size, by overlapping tiles where it is larger than `tile`.
+    """f(x) for pictures x (N,3,h,w) in [0,1] of any size, by tiles where they are larger than `tile`.
 
-    tile: LR pixels a side (0: whole). Tiles start at multiples of 8 (SwinIR's windows stay where they were), see a
-    margin around themselves, and fade into each other, so there are no seams; for EDSR up to 40 blocks the result
-    equals the whole picture's to rounding. Memory: one tile's activations and the result."""
-    h, w = x.shape[-2:]
+    tile: the most LR pixels a side that a tile fills (0: whole); it sees a margin more. For EDSR up to 46 blocks the
+    result equals the whole picture's to rounding; for others tiles fade into each other, so there are no seams."""
+    return torch.cat([*bands(model, x, tile)], dim=2)
+
+
+@torch.no_grad()
+def bands(model, x, tile=0, ensemble=False):
+    """Yields what `upscale` returns from top to bottom, a row of tiles at a time. Memory: one tile's activations and
+    one row of tiles, of a result of any size. ensemble: each tile by `self_ensemble`."""
+    (h, w), s, run = x.shape[-2:], model.scale, functools.partial(self_ensemble, model) if ensemble else model
     if not tile or max(h, w) <= tile:
-        return model(x)
-    s, margin = model.scale, -(-margin_of(model) // 8) * 8
-    total, weight = x.new_zeros(1, 3, h * s, w * s), x.new_zeros(1, 1, h * s, w * s)
-    tile = -(-tile // 8) * 8
-    for top in range(0, h, tile):
-        for left in range(0, w, tile):
-            (y0, y1, wy), (x0, x1, wx) = (span(start, tile, margin, n, s, x) for start, n in ((top, h), (left, w)))
-            part, fade = model(x[..., y0:y1, x0:x1]).float(), wy[:, None] * wx
-            total[..., y0 * s:y1 * s, x0 * s:x1 * s] += part * fade
-            weight[..., y0 * s:y1 * s, x0 * s:x1 * s] += fade
-    return total / weight
+        yield run(x)
+        return
+    rows, columns = ([*spans(n, tile, model, x.device)] for n in (h, w))
+    waiting = x.new_zeros(len(x), 3, 0, w * s)  # rows that fade into the next tiles
+    for (y0, y1, top, bottom, fade_y), below in zip(rows, [row[2] for row in rows[1:]] + [h]):
+        band = x.new_zeros(len(x), 3, (bottom - top) * s, w * s)
+        for x0, x1, left, right, fade_x in columns:
+            part = run(x[..., y0:y1, x0:x1])[..., (top - y0) * s:(bottom - y0) * s, (left - x0) * s:(right - x0) * s]
+            band[..., left * s:right * s] += part * (fade_y[:, None] * fade_x)
+        band[..., :waiting.shape[2], :] += waiting
+        ready = (below - top) * s
+        yield band[..., :ready, :]
+        waiting = band[..., ready:, :].clone()
 
 
-def span(start, tile, margin, n, s, like):
-    """One tile along one axis: what it reads, [a,b) in LR pixels, and its weights in HR pixels: 1 inside, a ramp to 0
-    of RAMP pixels outside, and 0 in the margin beyond, where the network misses a part of what it would see."""
-    a, b = max(start - RAMP - margin, 0), min(start + tile + RAMP + margin, n)
-    centre = (torch.arange((b - a) * s, device=like.device, dtype=like.dtype) + 0.5) / s + a
-    left = 1 if start == 0 else ((centre - (start - RAMP)) / (2 * RAMP)).clamp(0, 1)
-    right = 1 if start + tile >= n else ((start + tile + RAMP - centre) / (2 * RAMP)).clamp(0, 1)
-    return a, b, left * right * torch.ones_like(centre)
+def spans(n, tile, model, device):
+    """Tiles of nearly equal size along an axis of n LR pixels: what each reads, [a,b); what it gives, [c,d); and its
+    weights there, (d−c)·s of them, of sum 1 over the tiles.
+
+    Tiles fade into each other over 2·RAMP pixels, and start to read at multiples of 8, so that SwinIR's windows stay
+    where they were. Where the margin holds all that a network sees, its tiles are exact and meet without fading."""
+    s, margin = model.scale, margin_of(model)
+    ramp = 0 if margin == model.receptive_radius else RAMP
+    count = -(-n // (-(-tile // 8) * 8))
+    size = -(-n // (8 * count)) * 8
+    starts, centre = range(0, n, size), (torch.arange(n * s, device=device) + 0.5) / s
+    rise = [((centre - start + ramp) / max(2 * ramp, 1e-3)).clamp(0, 1) for start in starts]  # 0 before a tile, 1 after
+    rise = [torch.ones_like(centre), *rise[1:], torch.zeros_like(centre)]
+    for i, start in enumerate(starts):
+        c, d = max(start - ramp, 0), min(start + size + ramp, n)
+        yield max(c - margin, 0), min(d + margin, n), c, d, (rise[i] - rise[i + 1])[c * s:d * s]
 
 
-def self_ensemble(model, x, tile=0):
+def self_ensemble(model, x):
     """The mean over the eight flips and transpositions, each undone (the "+" of EDSR+, RCAN+, SwinIR+)."""
     total = 0
     for flips in ((), (-1,), (-2,), (-1, -2)):
         for transpose in (False, True):
             y = x.flip(flips)
-            y = upscale(model, y.transpose(-1, -2) if transpose else y, tile)
+            y = model(y.transpose(-1, -2) if transpose else y)
             total = total + (y.transpose(-1, -2) if transpose else y).flip(flips)
     return total / 8
 
@@ -158,29 +177,63 @@ def score_set(row, pairs, options):
 
     row: a network, a Bicubic, or {image name: file} for pictures made elsewhere; pairs: [(name, lr, hr)]."""
     figures, seconds = {}, []
-    for name, lr, hr in tqdm(pairs, leave=False, unit="image"):
-        began = time.perf_counter()
-        if isinstance(row, Bicubic):
-            a, b = published_bicubic(hr, row.scale)
-        else:
-            sr = data.read_image(row[name]) if isinstance(row, dict) else picture(row, lr, options)
-        seconds.append(time.perf_counter() - began)
-        if not isinstance(row, Bicubic):
-            if sr.shape != hr.shape:
-                raise data.DataError(f"{row[name]} is {sr.shape[1]}x{sr.shape[0]}, but its HR image {name}, cropped to a "
-                                     f"multiple of {options.scale}, is {hr.shape[1]}x{hr.shape[0]}")
-            a, b = planes(sr, hr, options.scale)
-        figures[name] = (psnr(a, b), ssim(a, b))
+    by_size = sorted(((lr, name, hr) for name, lr, hr in pairs), key=lambda item: item[0].shape)
+    with tqdm(by_size, leave=False, unit="image") as bar:
+        for batch in batches(bar, options):
+            began = time.perf_counter()
+            if isinstance(row, Bicubic):
+                made = [published_bicubic(hr, row.scale) for _, _, hr in batch]
+            elif isinstance(row, dict):
+                made = [data.read_image(row[name]) for _, name, _ in batch]
+            else:
+                made = upscaled(row, [lr for lr, _, _ in batch], options)
+            seconds += [(time.perf_counter() - began) / len(batch)] * len(batch)
+            for (_, name, hr), sr in zip(batch, made):
+                if isinstance(row, dict) and sr.shape != hr.shape:
+                    raise data.DataError(f"{row[name]} is {sr.shape[1]}x{sr.shape[0]}, but its HR image {name}, cropped to a "
+                                         f"multiple of {options.scale}, is {hr.shape[1]}x{hr.shape[0]}")
+                a, b = sr if isinstance(row, Bicubic) else planes(sr, hr, options.scale)
+                figures[name] = (psnr(a, b), ssim(a, b))
+    figures = {name: figures[name] for name, _, _ in pairs}  # in the set's order again
     mean = np.mean(list(figures.values()), axis=0)
     return dict(psnr=float(mean[0]), ssim=float(mean[1]), seconds=float(np.median(seconds)),
                 images={k: dict(psnr=p, ssim=s) for k, (p, s) in figures.items()})
 
 
-def picture(model, lr, options):
-    """A network's uint8 picture of a uint8 LR picture (H,W,3)."""
-    run = self_ensemble if options.self_ensemble else upscale
-    with torch.no_grad(), torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
-        return to_uint8(run(model, to_tensor(lr, options.device), options.tile))
+def batches(items, options):
+    """Lists of consecutive items (picture, …) with pictures of one size: on a GPU as many as fill one tile, on the CPU
+    one by one, which is as fast there. Where `items` fails, what came before it is handed out first."""
+    limit, batch = 0 if options.device.type == "cpu" else (options.tile or 256) ** 2, []
+    try:
+        for item in items:
+            h, w = item[0].shape[:2]
+            if batch and (batch[0][0].shape[:2] != (h, w) or (len(batch) + 1) * h * w > limit):
+                yield batch
+                batch = []
+            batch.append(item)
+    except data.DataError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def precision(options):
+    """The context in which networks run at --precision."""
+    half = dict(bfloat16=torch.bfloat16, float16=torch.float16).get(options.precision)
+    return torch.autocast(options.device.type, half or torch.bfloat16, enabled=half is not None)
+
+
+def upscaled(model, lrs, options):
+    """A network's uint8 pictures of uint8 LR pictures (H,W,3) of one size. DataError where they are not finite."""
+    x, parts = torch.cat([to_tensor(lr, options.device) for lr in lrs]), []
+    with torch.inference_mode(), precision(options):
+        for band in bands(model, x, options.tile, options.self_ensemble):
+            if not band.isfinite().all():
+                raise data.DataError(f"the network gives values that are not finite at --precision {options.precision}")
+            parts.append([to_uint8(y[None]) for y in band])
+    return [np.concatenate(p) for p in zip(*parts)]
 
 
 def read_set(place, scale):
@@ -230,16 +283,22 @@ def provenance(command, device):
                 started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
 
 
+def multiply_adds(row, width=1280, height=720):
+    """`models.multiply_adds` of a row, or None where there are none to count or they cannot be."""
+    try:
+        return models.multiply_adds(row, width, height) if models.parameters(row) else None
+    except Exception:  # a foreign network with operations that cannot be counted
+        return None
+
+
 def table(rows, sets, results):
     """The text of the table: a line a model, a column a set."""
     head = ["model", "params", "madds", *(f"{s} PSNR/SSIM" for s in sets), "s/image"]
     lines = [head]
     for name, row in rows.items():
         size = models.parameters(row) if isinstance(row, torch.nn.Module) else 0
-        try:
-            cost = f"{models.multiply_adds(row) / 1e9:.1f} G" if size else "-"
-        except Exception:  # a foreign network with operations that cannot be counted
-            cost = "?"
+        madds = size and multiply_adds(row)
+        cost = f"{madds / 1e9:.1f} G" if madds else "?" if size else "-"
         scores = [results[name][s] for s in sets]
         lines.append([name, f"{size / 1e6:.2f} M" if size else "-", cost,
                       *(f"{r['psnr']:.2f}/{r['ssim']:.4f}" for r in scores), f"{np.median([r['seconds'] for r in scores]):.3f}"])
@@ -267,12 +326,54 @@ def evaluate(rows, options):
         write_picture(options.figure, figure(rows, pairs[options.image % len(pairs)], options))
 
 
+# ------------------------------------------------------------------------------------------------ speed
+def bench(rows, options):
+    """Prints a line of JSON a network: its time for one picture of 1280×720, the field's convention, not in tiles.
+
+    The networks take turns, so what slows the machine down for a while slows all of them. ratio: median time over
+    the first network's. peak_mib: on a GPU the most allocated in a run; on the CPU the process's peak so far."""
+    device, s, gpu = options.device, options.scale, options.device.type == "cuda"
+    h, w = 720 // s, 1280 // s
+    x = torch.rand(1, 3, h, w, generator=torch.Generator().manual_seed(0)).to(device, memory_format=torch.channels_last)
+    times, peak = {name: [] for name in rows}, {}
+    for _ in tqdm(range(options.bench + 2), leave=False, unit="turn"):
+        for name, row in rows.items():
+            if gpu:
+                torch.cuda.reset_peak_memory_stats(device)
+            began = time.perf_counter()
+            with torch.inference_mode(), precision(options):
+                next(bands(row, x, ensemble=options.self_ensemble))
+            if gpu:
+                torch.cuda.synchronize(device)
+            times[name].append(1000 * (time.perf_counter() - began))
+            peak[name] = peak_mib(device)
+    times = {name: t[2:] for name, t in times.items()}  # the first two warm up
+    first, about = np.median(next(iter(times.values()))), provenance(options.command, device)
+    for name, row in rows.items():
+        ms, madds = np.median(times[name]), multiply_adds(row, w * s, h * s)
+        gflops = madds and round(2 * madds * (8 if options.self_ensemble else 1) / ms / 1e6, 1)
+        print(json.dumps(dict(model=name, ms=round(ms, 3), ms_min=round(min(times[name]), 3), images_per_s=round(1000 / ms, 2),
+                              ratio=round(ms / first, 4), gflops_per_s=gflops, peak_mib=peak[name], turns=options.bench,
+                              input=[w, h], scale=s, precision=options.precision, self_ensemble=options.self_ensemble, **about)))
+
+
+def peak_mib(device):
+    """The most memory held so far: what torch allocated on a GPU, else the process's resident set (None on Windows)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10))
+
+
 # ------------------------------------------------------------------------------------------------ pictures
 def figure(rows, pair, options, size=96):
     """Crops of HR and of every row side by side, 3× enlarged, the crop chosen where bicubic errs most."""
     name, lr, hr = pair
     s, size = options.scale, min(size, *hr.shape[:2])
-    pictures = {"HR": hr} | {label: picture(row, lr, options) for label, row in rows.items() if not isinstance(row, Path)}
+    pictures = {"HR": hr} | {label: upscaled(row, [lr], options)[0] for label, row in rows.items() if not isinstance(row, Path)}
     pictures |= {label: data.read_image(match_results(row, [name], s)[name]) for label, row in rows.items() if isinstance(row, Path)}
     error = np.abs(luma(data.imresize(lr, s)) - luma(hr))
     sums = np.pad(error.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
@@ -294,19 +395,19 @@ def upscale_files(model, options):
     if clash := next((t for t in targets if t.exists() or targets.count(t) > 1), None):
         raise data.DataError(f"{clash} exists already, or two pictures would go there: nothing is overwritten, name another --output")
     make_folder(out.parent if single else out)
-    for path, target in zip(tqdm(paths, unit="picture", disable=len(paths) == 1), targets):
-        image = data.read_picture(path)
-        channels = image.shape[2]
-        rgb = image[..., :3] if channels >= 3 else image[..., :1].repeat(3, 2)
-        big = picture(model, rgb, options)
-        if channels < 3:  # the three channels of a grey input differ by less than a grey level
-            big = np.floor(big.mean(2, keepdims=True) + 0.5).astype(np.uint8)
-        if channels in (2, 4):
-            if target.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
-                raise data.DataError(f"{path} has alpha, which {target.suffix} cannot hold: write a .png")
-            big = np.concatenate([big, data.imresize(image[..., -1:], options.scale)], axis=2)
-        write_picture(target, big)
-        tqdm.write(f"{target}  {big.shape[1]}x{big.shape[0]}")
+    with tqdm(paths, unit="picture", disable=len(paths) == 1) as bar:
+        for batch in batches(((data.read_picture(path), path, target) for path, target in zip(bar, targets)), options):
+            rgb = [image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2) for image, _, _ in batch]
+            for (image, path, target), big in zip(batch, upscaled(model, rgb, options)):
+                channels = image.shape[2]
+                if channels < 3:  # the three channels of a grey input differ by less than a grey level
+                    big = np.floor(big.mean(2, keepdims=True) + 0.5).astype(np.uint8)
+                if channels in (2, 4):
+                    if target.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
+                        raise data.DataError(f"{path} has alpha, which {target.suffix} cannot hold: write a .png")
+                    big = np.concatenate([big, data.imresize(image[..., -1:], options.scale)], axis=2)
+                write_picture(target, big)
+                tqdm.write(f"{target}  {big.shape[1]}x{big.shape[0]}")
 
 
 def make_folder(folder):
@@ -358,7 +459,8 @@ def parse(argv):
     p.add_argument("--tile", type=int, default=256, help="LR pixels a side of a tile; 0: the whole picture at once [256]")
     p.add_argument("--self-ensemble", action="store_true", help="mean over the eight flips and transpositions")
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1, … [cuda where there is one]")
-    p.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="of the networks [float32]")
+    p.add_argument("--precision", default="float32", choices=("float32", "bfloat16", "float16"), help="of the networks [float32]")
+    p.add_argument("--bench", nargs="?", type=int, const=10, metavar="N", help="time the networks in N turns on one picture [10]")
     p.add_argument("--res-scale", type=float, help="EDSR's residual scale, where a file departs from the published models")
     return p.parse_args(argv)
 
@@ -377,6 +479,8 @@ def pick_device(name=""):
 def load_rows(options):
     """{name: network | Bicubic | folder} in the order given; fixes options.scale and options.device."""
     options.device = pick_device(options.device)
+    if options.precision == "float16" and options.device.type == "cpu":
+        raise data.DataError("--precision float16 needs a GPU: on the CPU it is many times slower than bfloat16, use that")
     override = {} if options.res_scale is None else dict(res_scale=options.res_scale)
     rows, scale = {}, options.scale
     for name in options.models:
@@ -405,11 +509,15 @@ def main(argv=None):
         options.command = shlex.join(["python", "evaluate.py", *argv])
         if not options.models and not options.sr:
             raise data.DataError("name a checkpoint, or bicubic, or a folder with --sr (see --help)")
-        if bool(options.input) != bool(options.output) or not (options.input or options.data):
-            raise data.DataError("give --data DIR to score, or --input and --output to upscale")
+        if bool(options.input) != bool(options.output) or not (options.input or options.data or options.bench is not None):
+            raise data.DataError("give --data DIR to score, --input and --output to upscale, or --bench")
+        if options.bench is not None and (options.bench < 1 or options.sr):
+            raise data.DataError(f"--bench {options.bench}: needs 1 turn or more, and networks, not --sr")
         if options.tile < 0:
             raise data.DataError(f"--tile {options.tile} must be 0 or more")
         rows = load_rows(options)
+        if options.bench:
+            bench(rows, options)
         if options.data:
             evaluate(rows, options)
         if options.input:

@@ -1,6 +1,7 @@
 """Metrics against hand-computed and slow values, tiles against the whole picture, and the command line."""
 import json
 import math
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -122,6 +123,66 @@ def test_no_tile_is_larger_than_promised():
     assert max(sizes) <= 64 + 2 * (evaluate.RAMP + 8)
 
 
+@pytest.mark.parametrize("n, tile, scale", [(1, 1, 2), (300, 64, 4), (65, 64, 3), (40, 32, 8), (57, 8, 2)])
+def test_tiles_share_every_pixel_once(n, tile, scale):
+    """Their weights sum to 1, also where many overlap, and SwinIR's windows of 8 stay where they were."""
+    for radius in (None, 7):
+        total = torch.zeros(n * scale)
+        for a, b, c, d, weights in evaluate.spans(n, tile, SimpleNamespace(scale=scale, receptive_radius=radius), "cpu"):
+            assert 0 <= a <= c < d <= b <= n and weights.min() >= 0
+            assert radius or (a % 8 == 0 and (b % 8 == 0 or b == n))
+            assert d - c <= -(-tile // 8) * 8 + (0 if radius else 2 * evaluate.RAMP)
+            total[c * scale:d * scale] += weights
+        assert torch.allclose(total, torch.ones_like(total), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["edsr_c4b2", "swinir_c6s6"])
+def test_bands_hold_one_row_of_tiles_and_make_up_the_picture(name):
+    torch.manual_seed(0)
+    net = models.build(name, 2).eval()
+    x = torch.rand(2, 3, 150, 40)
+    bands = list(evaluate.bands(net, x, 48))
+    assert len(bands) == 4 and max(b.shape[2] for b in bands) <= 2 * (48 + 2 * evaluate.RAMP)
+    assert torch.equal(torch.cat(bands, 2), evaluate.upscale(net, x, 48))
+    whole, tiled = (np.stack([evaluate.to_uint8(y[None]) for y in f]).astype(int) for f in (net(x).detach(), torch.cat(bands, 2)))
+    assert abs(whole - tiled).max() <= (0 if name.startswith("edsr") else 1)
+
+
+@pytest.mark.parametrize("tile", [0, 16])
+def test_a_batch_gives_each_picture_as_if_alone(tile):
+    """Also where RCAN pools over the whole picture, and where self-ensemble swaps height and width."""
+    torch.manual_seed(0)
+    lrs = [picture(np.random.default_rng(i), 17, 26) for i in range(3)]
+    x = evaluate.to_tensor(lrs[0])
+    for name in ("edsr_c4b2", "rcan_c16b1g1", "swinir_c6s6"):
+        net = models.build(name, 2).eval()
+        for ensemble in (False, True):
+            options = SimpleNamespace(device=torch.device("cpu"), tile=tile, self_ensemble=ensemble, precision="float32")
+            together = evaluate.upscaled(net, lrs, options)
+            assert len(together) == 3 and together[0].shape == (34, 52, 3)
+            for lr, sr in zip(lrs, together):
+                assert np.array_equal(sr, evaluate.upscaled(net, [lr], options)[0])
+            if name.startswith("edsr"):  # whose tiles are exact
+                whole = evaluate.to_uint8((evaluate.self_ensemble(net, x) if ensemble else net(x)).detach())
+                assert np.array_equal(together[0], whole)
+
+
+def test_batches_hold_equal_sizes_and_at_most_a_tile():
+    shapes = [(4, 4)] * 5 + [(4, 8)] * 2 + [(9, 9), (4, 4)]
+    items = [(np.zeros((*shape, 3)), i) for i, shape in enumerate(shapes)]
+    at = lambda device, items: [[i for _, i in b] for b in evaluate.batches(items, SimpleNamespace(device=torch.device(device), tile=8))]
+    assert at("cuda", items) == [[0, 1, 2, 3], [4], [5, 6], [7], [8]]  # 64 pixels; a larger picture goes alone
+    assert at("cpu", items) == [[i] for i in range(9)] and at("cuda", []) == []
+
+    def broken():
+        yield from items[:3]
+        raise data.DataError("the fourth")
+    batches = evaluate.batches(broken(), SimpleNamespace(device=torch.device("cuda"), tile=8))
+    assert len(next(batches)) == 3
+    with pytest.raises(data.DataError, match="the fourth"):
+        next(batches)
+
+
 def test_self_ensemble_commutes_with_flips_and_transposition():
     torch.manual_seed(0)
     net = models.build("edsr_c4b1", 2).eval()
@@ -195,6 +256,80 @@ def test_upscaling_a_folder_overwrites_nothing(place, capsys, tmp_path):
     run(capsys, place / "a.pt", "--input", place / "set", "--output", tmp_path / "big", "--self-ensemble", "--tile", "8")
     assert sorted(p.name for p in (tmp_path / "big").iterdir()) == ["baby_x4.png", "bird_x4.png", "head_x4.png"]
     assert "exists already" in error_of(capsys, place / "a.pt", "--input", place / "set", "--output", tmp_path / "big")
+
+
+@pytest.fixture
+def batched(monkeypatch):
+    """Batches as on a GPU; the list of their lengths."""
+    original, lengths = evaluate.batches, []
+
+    def batches(items, options):
+        for batch in original(items, SimpleNamespace(device=torch.device("cuda"), tile=options.tile)):
+            lengths.append(len(batch))
+            yield batch
+    return lambda: monkeypatch.setattr(evaluate, "batches", batches) or lengths
+
+
+def test_batches_change_no_figure_and_no_order(place, capsys, tmp_path, batched):
+    (tmp_path / "set").mkdir()
+    for i, (h, w) in enumerate([(48, 40), (40, 48), (48, 40), (48, 40), (40, 48)]):
+        iio.imwrite(tmp_path / "set" / f"{i}.png", picture(np.random.default_rng(i), h, w))
+    found = []
+    for gpu in (False, True):
+        lengths = batched() if gpu else []
+        run(capsys, place / "a.pt", "bicubic", "--data", tmp_path / "set", "--json", tmp_path / "t.json", "--device", "cpu")
+        results = json.loads((tmp_path / "t.json").read_text())["results"]
+        found.append([(row["set"]["psnr"], row["set"]["ssim"], list(row["set"]["images"].items())) for row in results.values()])
+    assert found[0] == found[1] and lengths == [2, 3] * 2 and [k for k, _ in found[1][0][2]] == list("01234")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_broken_picture_loses_none_before_it(place, capsys, tmp_path, batched, gpu):
+    lengths = batched() if gpu else [1]
+    for i, channels in enumerate((3, 1, 4)):
+        image = picture(np.random.default_rng(i), 12, 16, channels)
+        iio.imwrite(tmp_path / f"{i}.png", image[..., 0] if channels == 1 else image)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    assert "3.png" in error_of(capsys, place / "a.pt", "--input", tmp_path, "--output", tmp_path / "big", "--device", "cpu")
+    assert max(lengths) == (3 if gpu else 1)
+    assert [iio.imread(tmp_path / "big" / f"{i}_x4.png").shape for i in range(3)] == [(48, 64, 3), (48, 64), (48, 64, 4)]
+    run(capsys, place / "a.pt", "--input", tmp_path / "0.png", "--output", tmp_path / "alone.png", "--device", "cpu")
+    assert np.array_equal(iio.imread(tmp_path / "alone.png"), iio.imread(tmp_path / "big" / "0_x4.png"))
+
+
+def test_bench_takes_turns_and_prints_a_line_a_network(place, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    original, seen = evaluate.bands, []
+    monkeypatch.setattr(evaluate, "bands", lambda row, x, **k: seen.append((row, tuple(x.shape))) or original(row, x[..., :9, :9], **k))
+    out = run(capsys, place / "a.pt", place / "b.pt", "bicubic", "--bench", "3", "--precision", "bfloat16", "--device", "cpu")
+    a, b, bicubic = map(json.loads, out.splitlines())
+    rows = [row for row, _ in seen[:3]]
+    assert [row for row, _ in seen] == rows * 5 and len(set(rows)) == 3 and {shape for _, shape in seen} == {(1, 3, 180, 320)}
+    assert [r["model"] for r in (a, b, bicubic)] == ["a.pt", "b.pt", "bicubic"] and a["precision"] == "bfloat16"
+    assert a["ratio"] == 1 and b["ratio"] == pytest.approx(b["ms"] / a["ms"], rel=0.02) and a["ms_min"] <= a["ms"]
+    assert a["gflops_per_s"] == pytest.approx(2 * models.multiply_adds(rows[0]) / a["ms"] / 1e6, rel=0.02)
+    assert bicubic["gflops_per_s"] is None and a["peak_mib"] > 50 and a["input"] == [320, 180] and a["turns"] == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_refuses_what_it_cannot_time(place, capsys):
+    for n in ("0", "-3", "many", "1.5"):
+        assert "--bench" in error_of(capsys, place / "a.pt", "--bench", n)
+    assert "--sr" in error_of(capsys, place / "a.pt", "--bench", "--sr", place / "set")
+
+
+def test_half_precision(place, capsys, tmp_path):
+    """bfloat16 is near; float16 needs a GPU; values that are not finite are no black picture but an error."""
+    assert "float16 needs a GPU" in error_of(capsys, place / "a.pt", "--data", place / "set", "--precision", "float16", "--device", "cpu")
+    made = []
+    for kind in ("float32", "bfloat16"):
+        run(capsys, place / "a.pt", "--input", place / "set" / "baby.png", "--output", tmp_path / f"{kind}.png", "--precision", kind)
+        made.append(iio.imread(tmp_path / f"{kind}.png").astype(int))
+    assert 0 < abs(made[0] - made[1]).max() < 12
+    net = models.load(place / "a.pt")
+    net.conv_last.bias.data[0] = math.nan
+    models.save(tmp_path / "nan.pt", net)
+    assert "not finite" in error_of(capsys, tmp_path / "nan.pt", "--data", place / "set")
 
 
 def test_bicubic_upscales_too(place, capsys, tmp_path):
