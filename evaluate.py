@@ -14,7 +14,6 @@ import datetime
 import difflib
 import functools
 import json
-import math
 import platform
 import shlex
 import subprocess
