@@ -218,8 +218,8 @@ def test_a_bad_picture_is_named_by_every_command(place, here, capfd, name):
                 "sr": (evaluate.main, ["--sr", folder, "--data", place / "val", "--scale", 2]),
                 "input": (evaluate.main, ["bicubic", "--scale", 2, "--input", folder, "--output", "out"])}
     for kind, (main, words) in commands.items():
-        if kind == "sr" and not BAD_PICTURES[name][1] == "outside its folder":
-            continue  # a file that belongs to no HR picture is not read
+        if kind == "sr" and BAD_PICTURES[name][1] not in ("outside its folder", "not a file"):
+            continue  # of a folder of results only those that belong to an HR picture are read
         line = refused(capfd, main, words)
         assert str(folder / name) in line and BAD_PICTURES[name][1] in line, (kind, line)
         assert all(p.parent.name == "out" and p.name == "a_x2.png" for p in here.rglob("*") if p.is_file()), kind
@@ -237,7 +237,13 @@ def test_a_picture_that_is_too_small_is_named_with_its_size(place, here, capfd, 
 
 
 @needs_links
-@pytest.mark.parametrize("name", [*BAD_PICTURES, "1x1.png"])
+def test_a_device_is_never_read():
+    with pytest.raises(data.DataError, match="is not a file"):
+        data.read_picture("/dev/null")  # as /dev/zero, which has no end
+
+
+@needs_links
+@pytest.mark.parametrize("name", ["cut.jpg", "bomb.png", "link.png", "pipe.png", "dangling.png", "animated.gif", "1x1.png"])
 def test_skip_bad_leaves_each_of_them_out_with_a_line(place, here, capfd, name):
     folder = set_with(here, name)
     assert works(capfd, train.main, training(place, "--skip-bad", data=folder)) == []
@@ -839,7 +845,9 @@ def cached(here):
     lambda i: i.update(names="ab"),
     lambda i: i.update(names=[], hr=[], lr=[]), lambda i: i.update(hr=None), lambda i: i.update(bytes=10**15),
     lambda i: i.update(bytes="x"),
-    lambda i: i.clear(), lambda i: i["hr"].append([0, 16, 20])], ids=range(22))
+    lambda i: i.clear(), lambda i: i["hr"].append([0, 16, 20]),
+    lambda i: [i[k][1].__setitem__(1, n) for k, n in (("lr", 3), ("hr", 6))],  # smaller than a patch
+    lambda i: [i[k][1].__setitem__(1, n) for k, n in (("lr", -8), ("hr", -16))]], ids=range(24))
 def test_a_caches_index_that_leads_outside_its_pixels_is_built_again(cached, edit):
     file, again = cached
     whole = again()
