@@ -7,7 +7,9 @@ large, in a file mapped into memory, and a batch is one gather from it.
 import hashlib
 import json
 import os
+import stat
 import tempfile
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +22,14 @@ from tqdm import tqdm
 
 from dukd import bicubic_resize, bicubic_taps
 
+# What Pillow has to say of a file is an error here or is nothing: no stray lines, from a few threads at once, on a terminal.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"}
 # The kind of picture that a file's mode is read as, where it is not its own; transparency: of a palette or one colour.
 WITHOUT_ALPHA = dict(P="RGB", PA="RGBA", CMYK="RGB", YCbCr="RGB", LAB="RGB", HSV="RGB")
 WITH_ALPHA = WITHOUT_ALPHA | dict(P="RGBA", L="LA", RGB="RGBA") | {"1": "LA"}
+LARGEST_FILE = 2**31  # bytes; Pillow itself refuses what declares more than 179 million pixels
 # scikit-image's natural photographs, all inside its wheel. The second list is held out for validation.
 EMBEDDED_TRAIN = ("astronaut.png", "brick.png", "camera.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
                   "moon.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg")
@@ -33,6 +39,14 @@ EMBEDDED_VAL = ("chelsea.png", "coffee.png", "coins.png")
 class DataError(ValueError):
     """An image or a folder that cannot be used; the message says which, why, and what to do."""
 
+    def __str__(self):
+        return printable(super().__str__())
+
+
+def printable(text):
+    """A message as one line, also where a file's name holds line breaks or a terminal's control characters."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.splitlines()))[:2000]
+
 
 # ------------------------------------------------------------------------------------------------ reading
 def read_picture(path):
@@ -40,12 +54,7 @@ def read_picture(path):
 
     Palettes are resolved, CMYK becomes RGB, 16-bit grey is scaled to 8 bits, EXIF rotation is applied. DataError,
     naming the file, for anything that is not one such picture."""
-    try:
-        content = Path(path).read_bytes()  # bytes, so that no name is ever taken for an address to download
-    except OSError as e:
-        raise DataError(f"{path} cannot be read: {e.strerror or e}") from None
-    if not content:
-        raise DataError(f"{path} is empty (zero bytes)")
+    content = _content(path)
     try:
         with iio.imopen(content, "r", plugin="pillow") as file:
             frames = file.properties(index=...).n_images or 1
@@ -59,6 +68,23 @@ def read_picture(path):
     if frames > 1 and not content.startswith(b"\xff\xd8"):  # a JPEG's further pictures are previews
         raise DataError(f"{path} holds {frames} frames; split it into single pictures")
     return _to_uint8(image, path)
+
+
+def _content(path):
+    """The bytes of a file: bytes, so that imageio never takes a name for an address to download. DataError for a pipe
+    or a device, which might never end, and for what is empty or too large."""
+    try:
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):
+            raise DataError(f"{path} is not a file (a directory, a pipe or a device)")
+        if about.st_size > LARGEST_FILE:
+            raise DataError(f"{path} has {about.st_size / 2**30:.1f} GiB, too many for a picture")
+        content = Path(path).read_bytes()
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror or e}") from None
+    if not content:
+        raise DataError(f"{path} is empty (zero bytes)")
+    return content
 
 
 def _to_uint8(image, path):
@@ -81,12 +107,13 @@ def read_image(path):
     return np.ascontiguousarray(image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2))
 
 
-def find_images(places):
+def find_images(places, skip_bad=False):
     """The image files of folders (not of their subfolders), and files named themselves, each place's sorted by name.
-    DataError for a place that is missing or has no image."""
+    DataError for a place that is missing or has no image, and, unless skip_bad leaves it out with a line, for a folder's
+    entry that is no file, or is a link to a file outside the folder: a folder from elsewhere must not reach into yours."""
     found = []
     for place in map(Path, places):
-        if place.is_file():
+        if os.path.isfile(place):
             found.append(place)
             continue
         try:
@@ -95,12 +122,36 @@ def find_images(places):
             raise DataError(f"{place} does not exist") from None
         except OSError as e:
             raise DataError(f"{place} cannot be read: {e.strerror or e}") from None
-        images = [p for p in entries if p.suffix.lower() in EXTENSIONS and p.is_file() and not p.name.startswith(".")]
+        named = [p for p in entries if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".") and not os.path.isdir(p)]
+        images = []
+        for path in named:
+            if not (fault := _fault(path, place)):
+                images.append(path)
+            elif skip_bad:
+                tqdm.write(f"left out: {fault}")
+            else:
+                raise fault
         if not images:
             inside = [p.name for p in entries if p.is_dir()][:3]
             raise DataError(f"{place} has no images in it" + (f"; name a folder inside it ({', '.join(inside)})" if inside else ""))
         found += images
     return found
+
+
+def _fault(path, folder):
+    """The DataError of a folder's entry that is no file of this folder, or None."""
+    target = os.path.realpath(path)
+    if path.is_symlink() and not Path(target).is_relative_to(os.path.realpath(folder)):
+        return DataError(f"{path} is a link to {target}, outside its folder: put a copy there, or name that folder instead")
+    return None if os.path.isfile(path) else DataError(f"{path} is not a file (a pipe, a device, or a link to nothing)")
+
+
+def machine_memory():
+    """Bytes of memory in this machine, infinity where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return float("inf")
 
 
 def embedded(names):
@@ -211,7 +262,7 @@ def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False)
     skip_bad leaves unusable images out, each with a line, instead of raising their DataError."""
     key = store_key(paths, lr_paths, scale, least)
     file = Path(cache) / f"{key}.pixels"
-    if (found := open_store(file)) is not None and (skip_bad or len(found) == len(paths)):
+    if (found := open_store(file, scale, least)) is not None and (skip_bad or len(found) == len(paths)):
         return found
     memory, spill, tables, names, done = deque(), None, ([], []), [], 0
     try:
@@ -254,7 +305,7 @@ def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False)
         if spill is not None:
             spill.close()
             Path(spill.name).unlink(missing_ok=True)
-    return open_store(file)
+    return open_store(file, scale, least)
 
 
 def room_for_labels(store, ram_limit, cache):
@@ -286,17 +337,24 @@ def store_key(paths, lr_paths, scale, least):
     return digest.hexdigest()[:20]
 
 
-def open_store(file):
-    """The Store in a mapped file, or None where there is none, or none that is whole."""
+def open_store(file, scale, least):
+    """The Store in a mapped file, or None where there is none, or none that is whole: its tables must be those of images
+    that lie inside the file, large enough for patches, HR s times LR."""
     try:
         index = json.loads(file.with_suffix(".json").read_text())
-        tables = [torch.tensor(index[name]).view(len(index["names"]), 3) for name in ("hr", "lr")]
-        if file.stat().st_size != index["bytes"]:
+        names, (hr, lr) = index["names"], (torch.tensor(index[name]) for name in ("hr", "lr"))
+        if file.stat().st_size != index["bytes"] or not isinstance(names, list) or not names:
             return None
+        if any(t.dtype != torch.int64 or t.shape != (len(names), 3) for t in (hr, lr)) or index["bytes"] % 3:
+            return None
+        if lr[:, 1:].min() < least or lr[:, 1:].max() > 2**28 or not torch.equal(hr[:, 1:], lr[:, 1:] * scale):
+            return None
+        if any((t[:, 0] < 0).any() or (t[:, 0] > index["bytes"] // 3 - t[:, 1] * t[:, 2]).any() for t in (hr, lr)):
+            return None
+        pixels = torch.from_file(str(file), shared=False, size=index["bytes"], dtype=torch.uint8).view(-1, 3)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError):
         return None
-    pixels = torch.from_file(str(file), shared=False, size=index["bytes"], dtype=torch.uint8).view(-1, 3)
-    return Store(pixels, *tables, index["names"], file)
+    return Store(pixels, hr, lr, list(map(str, names)), file)
 
 
 def _decoded(paths, lr_paths, scale, least):

@@ -10,11 +10,14 @@ Protocol: HR cropped to a multiple of s, LR by MATLAB's bicubic, SR rounded to u
 luma Y of BT.601 in 16–235 (unrounded), SSIM with an 11×11 Gaussian of σ 1.5.
 """
 import argparse
+import contextlib
 import datetime
 import difflib
 import functools
 import json
+import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -236,9 +239,12 @@ def upscaled(model, lrs, options):
 
 
 def read_set(place, scale):
-    """[(name, lr, hr)] of a folder of HR pictures. DataError for one too small to score."""
-    pairs = []
-    for path in data.find_images([place]):
+    """[(name, lr, hr)] of a folder of HR pictures. DataError for one too small to score, or of another's name."""
+    pairs, paths = [], data.find_images([place])
+    by_stem = {p.stem: p for p in paths}
+    if twins := [p for p in paths if by_stem[p.stem] != p]:
+        raise data.DataError(f"{twins[0]} and {by_stem[twins[0].stem]} have the same name: their figures could not be told apart")
+    for path in paths:
         lr, hr = data.read_pair(path, None, scale)
         if min(hr.shape[:2]) < 11 + 2 * scale:
             raise data.DataError(f"{path}, {hr.shape[1]}x{hr.shape[0]} when cropped to a multiple of {scale}, is too small for SSIM's "
@@ -310,7 +316,9 @@ def evaluate(rows, options):
     """Prints the table of all rows on all sets; --json also writes it, with each image's figures."""
     results, sets = {name: {} for name in rows}, {}
     for place in options.data:
-        sets[Path(place).name or str(place)] = read_set(place, options.scale)
+        sets[label_of(place, options.data) or place] = read_set(place, options.scale)
+    if options.figure and options.image >= (n := len(next(iter(sets.values())))):
+        raise data.DataError(f"--image {options.image}: {options.data[0]} has {n} pictures, counted from 0")
     for name, row in rows.items():
         for label, pairs in sets.items():
             source = match_results(row, [n for n, _, _ in pairs], options.scale) if isinstance(row, Path) else row
@@ -322,7 +330,7 @@ def evaluate(rows, options):
         write_text(options.json, json.dumps(about, indent=1))
     if options.figure:
         label, pairs = next(iter(sets.items()))
-        write_picture(options.figure, figure(rows, pairs[options.image % len(pairs)], options))
+        write_picture(options.figure, figure(rows, pairs[options.image], options))
 
 
 # ------------------------------------------------------------------------------------------------ speed
@@ -391,18 +399,23 @@ def upscale_files(model, options):
         raise data.DataError(f"--output {out} is a file name, but --input is a folder: name a folder")
     single = out.suffix.lower() in data.EXTENSIONS
     targets = [out] if single else [out / f"{p.stem}_x{options.scale}.png" for p in paths]
-    if clash := next((t for t in targets if t.exists() or targets.count(t) > 1), None):
+    if clash := next((t for t in targets if os.path.lexists(t) or targets.count(t) > 1), None):
         raise data.DataError(f"{clash} exists already, or two pictures would go there: nothing is overwritten, name another --output")
+    check_folder(out.parent if single else out, "--output")
     make_folder(out.parent if single else out)
     with tqdm(paths, unit="picture", disable=len(paths) == 1) as bar:
         for batch in batches(((data.read_picture(path), path, target) for path, target in zip(bar, targets)), options):
             rgb = [image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, 2) for image, _, _ in batch]
+            (h, w), path = batch[0][0].shape[:2], batch[0][1]
+            if (pixels := h * w * options.scale ** 2) * 8 > data.machine_memory():  # bytes: three colours, twice, and more
+                raise data.DataError(f"{path}, {w}x{h}, would become {pixels / 1e6:.0f} million pixels, more than this machine's "
+                                     "memory holds")
             for (image, path, target), big in zip(batch, upscaled(model, rgb, options)):
                 channels = image.shape[2]
                 if channels < 3:  # the three channels of a grey input differ by less than a grey level
                     big = np.floor(big.mean(2, keepdims=True) + 0.5).astype(np.uint8)
                 if channels in (2, 4):
-                    if target.suffix.lower() in (".jpg", ".jpeg", ".bmp"):
+                    if target.suffix.lower() not in (".png", ".tif", ".tiff", ".webp"):
                         raise data.DataError(f"{path} has alpha, which {target.suffix} cannot hold: write a .png")
                     big = np.concatenate([big, data.imresize(image[..., -1:], options.scale)], axis=2)
                 write_picture(target, big)
@@ -417,11 +430,38 @@ def make_folder(folder):
 
 
 def write_picture(path, image):
-    """Writes a uint8 picture (H,W,C); grey as (H,W)."""
+    """Writes a uint8 picture (H,W,C); grey as (H,W). It is encoded first: imageio sees no name, and a picture that the
+    format cannot hold leaves no file behind."""
     try:
-        iio.imwrite(path, image[..., 0] if image.shape[2] == 1 else image, plugin="pillow")
-    except (OSError, ValueError) as e:
+        content = iio.imwrite("<bytes>", image[..., 0] if image.shape[2] == 1 else image, plugin="pillow",
+                              extension=Path(path).suffix.lower())
+        Path(path).write_bytes(content)
+    except (OSError, ValueError, KeyError) as e:
         raise data.DataError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}") from None
+
+
+def check_folder(folder, option):
+    """DataError where `folder` is not there and cannot be made, or cannot be written to: asked before long work, not after."""
+    folder = Path(folder)
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise data.DataError(f"{option} {folder}: {there} is not a folder; name another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise data.DataError(f"{option} {folder}: {there} cannot be written to; name another place")
+
+
+def check_file(path, option, endings=None):
+    """DataError where the file `path` cannot be written, or, with endings, is not of one of these kinds."""
+    if Path(path).is_dir():
+        raise data.DataError(f"{option} {path} is a folder; name a file")
+    if endings and Path(path).suffix.lower() not in endings:
+        raise data.DataError(f"{option} {path} is no picture's name: it must end in .png, .jpg or the like")
+    if not Path(path).parent.is_dir():
+        raise data.DataError(f"{option} {path}: there is no folder {Path(path).parent}")
+    if not os.path.lexists(path):
+        check_folder(Path(path).parent, option)
+    elif not os.access(path, os.W_OK):
+        raise data.DataError(f"{option} {path} cannot be written to; name another file")
 
 
 def write_text(path, text):
@@ -441,7 +481,10 @@ class Parser(argparse.ArgumentParser):
             wrong = message.split()[2].split("=")[0]
             near = difflib.get_close_matches(wrong, known, 1)
             message = f"unknown argument {wrong}{f'; did you mean {near[0]}?' if near else '; see --help'}"
-        self.exit(2, f"error: {message}\n")
+        elif found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL):
+            near = difflib.get_close_matches(found[1], re.findall(r"\w+", found[2]), 1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"error: {data.printable(message)}\n")
 
 
 def parse(argv):
@@ -468,8 +511,8 @@ def pick_device(name=""):
     """The device of that name, or a GPU where there is one, or the CPU. DataError for one that is not there."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=name).item()  # which a device without memory of its own ("meta") does not have
+    except (RuntimeError, AssertionError, ValueError, OverflowError):
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise data.DataError(f"--device {name} is not there; this machine has {', '.join(there)}") from None
     return torch.device(name)
@@ -501,19 +544,56 @@ def label_of(name, names):
     return name if sum(Path(n).name == Path(name).name for n in names) > 1 else Path(name).name
 
 
-def main(argv=None):
+@contextlib.contextmanager
+def errors_in_one_line(*kinds):
+    """What a user can cause ends the program with one line and exit code 2: bad files and names (and what else is of
+    `kinds`), a disk that is full or may not be written to, too little memory."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be of the terminal's alphabet
     try:
-        argv = sys.argv[1:] if argv is None else argv
+        yield
+    except (data.DataError, models.CheckpointError, *kinds) as e:
+        message = str(e)
+    except OSError as e:
+        message = f"{e.filename or 'a file'} cannot be read or written: {e.strerror or e}"
+    except (MemoryError, RuntimeError) as e:
+        if not (isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "alloc" in str(e) and "memory" in str(e)):
+            raise
+        message = "the memory is full: smaller batches, patches or tiles need less"
+    else:
+        return
+    for bar in list(getattr(tqdm, "_instances", ())):  # one left open would share the error's line
+        bar.close()
+    print(f"error: {data.printable(message)}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def check(options):
+    """DataError for options that make no sense, before any work is done."""
+    if not options.models and not options.sr:
+        raise data.DataError("name a checkpoint, or bicubic, or a folder with --sr (see --help)")
+    if bool(options.input) != bool(options.output) or not (options.input or options.data or options.bench is not None):
+        raise data.DataError("give --data DIR to score, --input and --output to upscale, or --bench")
+    if options.bench is not None and (not 1 <= options.bench <= 10**6 or options.sr):
+        raise data.DataError(f"--bench {options.bench}: needs 1 to a million turns, and networks, not --sr")
+    if options.tile < 0:
+        raise data.DataError(f"--tile {options.tile} must be 0 or more")
+    if options.image < 0:
+        raise data.DataError(f"--image {options.image} must be 0 or more")
+    if options.res_scale is not None and not 0 < options.res_scale <= 1000:
+        raise data.DataError(f"--res-scale {options.res_scale} must lie above 0 and at most at 1000")
+    if options.json:
+        check_file(options.json, "--json")
+    if options.figure:
+        check_file(options.figure, "--figure", data.EXTENSIONS)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    with errors_in_one_line():
         options = parse(argv)
         options.command = shlex.join(["python", "evaluate.py", *argv])
-        if not options.models and not options.sr:
-            raise data.DataError("name a checkpoint, or bicubic, or a folder with --sr (see --help)")
-        if bool(options.input) != bool(options.output) or not (options.input or options.data or options.bench is not None):
-            raise data.DataError("give --data DIR to score, --input and --output to upscale, or --bench")
-        if options.bench is not None and (options.bench < 1 or options.sr):
-            raise data.DataError(f"--bench {options.bench}: needs 1 turn or more, and networks, not --sr")
-        if options.tile < 0:
-            raise data.DataError(f"--tile {options.tile} must be 0 or more")
+        check(options)
         rows = load_rows(options)
         if options.bench:
             bench(rows, options)
@@ -523,9 +603,6 @@ def main(argv=None):
             if len(rows) != 1:
                 raise data.DataError("--input takes one model")
             upscale_files(next(iter(rows.values())), options)
-    except (data.DataError, models.CheckpointError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

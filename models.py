@@ -14,9 +14,11 @@ import contextlib
 import copy
 import difflib
 import math
+import mmap
 import os
 import pickle
 import re
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,12 @@ SCALES = (2, 3, 4, 8)
 class CheckpointError(ValueError):
     """A model name or a checkpoint file that cannot be used; the message says which, why, and what to do."""
 
-    def __str__(self):  # one line, also where a file's keys or a library's message hold line breaks
-        return " ".join(super().__str__().splitlines())
+    def __str__(self):  # one line, also where a file's keys hold line breaks or a terminal's control characters
+        return "".join(c if c.isprintable() else "?" for c in " ".join(super().__str__().splitlines()))[:2000]
+
+
+class HostileFile(CheckpointError):
+    """A checkpoint file that wants to run code, or that asks for far more memory than it holds."""
 
 
 # ------------------------------------------------------------------------------------------------ common parts
@@ -467,26 +473,60 @@ def save(path, model, raw=None):
 
 
 def read_file(path):
-    """The object in a checkpoint file, read without running any code that it may hold."""
+    """The object in a checkpoint file, read without running any code that it may hold, and no larger than the file."""
     if not os.path.isfile(path):
-        what = "is a folder, not a checkpoint" if os.path.isdir(path) else "does not exist"
-        raise CheckpointError(f"{path} {what}")
+        what = "is not a file" if os.path.exists(path) else "does not exist"
+        raise CheckpointError(f"{path} {'is a folder, not a checkpoint' if os.path.isdir(path) else what}")
     try:
-        if str(path).endswith(".safetensors"):
+        if str(path).endswith(".safetensors"):  # its reader holds the declared sizes against the file's
             from safetensors.torch import load_file
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        refuse_bombs(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        refuse_inflated(content, path)
+        return content
     except ImportError:
         raise CheckpointError(f"{path} needs the package safetensors: pip install safetensors") from None
     except pickle.UnpicklingError as e:
         if found := re.search(r"GLOBAL ([\w.]+)", str(e)):
-            raise CheckpointError(f"{path} wants to run code ({found[1]}) when loaded and is refused; ask for a file "
-                                  "with weights only, or re-save its state dict where you trust it") from None
+            raise HostileFile(f"{path} wants to run code ({found[1]}) when loaded and is refused; ask for a file "
+                              "with weights only, or re-save its state dict where you trust it") from None
         raise CheckpointError(f"{path} is not a whole checkpoint file (truncated, or of another kind)") from None
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from None
+    except CheckpointError:
+        raise
     except Exception:  # torch and safetensors raise many kinds for rubbish; none of them says more to a user
         raise CheckpointError(f"{path} is not a whole checkpoint file (truncated, or of another kind)") from None
+
+
+def refuse_bombs(path):
+    """HostileFile for a small file that would fill the memory while torch reads it: an archive whose parts are compressed
+    or overlap (torch.save never does that), a pickle that calls what lets data grow at each call."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+        if any(p.compress_type for p in parts) or sum(p.file_size for p in parts) > os.path.getsize(path):
+            raise HostileFile(f"{path} is compressed or holds less than it declares, and is refused: re-save it with torch.save")
+    if os.path.getsize(path):
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for call in (b"c_codecs\nencode\n", b"ctorch._utils\n_rebuild_device"):
+                if content.find(call) >= 0:
+                    name = ".".join(call[1:].decode().split())
+                    raise HostileFile(f"{path} wants to run code ({name}) when loaded and is refused; ask for a file "
+                                      "with weights only")
+
+
+def refuse_inflated(content, path):
+    """HostileFile where a tensor declares more bytes than the whole file has, as one expanded from a single number can."""
+    todo, seen = [content], set()
+    while todo:
+        part = todo.pop()
+        if isinstance(part, torch.Tensor) and part.numel() * part.element_size() > os.path.getsize(path):
+            raise HostileFile(f"{path} declares a tensor of {tuple(part.shape)}, more than the file holds, and is refused")
+        if isinstance(part, (dict, list, tuple)) and id(part) not in seen:
+            seen.add(id(part))
+            todo += part.values() if isinstance(part, dict) else part
 
 
 def unwrap(content, path):
@@ -604,6 +644,26 @@ def infer(state):
     return None
 
 
+def oversized(config, state):
+    """In words, what would take far more memory than its file has, or None: to be asked before anything is built."""
+    layers = math.prod(config.get(name, 1) for name in ("blocks", "groups", "stages", "layers"))
+    if layers > len(state):
+        return f"its names spell {layers} layers, but there are {len(state)} entries"
+    if config.get("window", 0) > 32:  # a window's table of positions grows with the fourth power
+        return f"its window of {config['window']} is larger than 32"
+    return None
+
+
+def require_sane(config, path):
+    """CheckpointError for settings beside the weights that are no finite numbers, or would make all outputs NaN."""
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e6
+    values = {k: config[k] for k in ("res_scale", "mean", "img_range", "drop_path") if k in config}
+    for name, value in values.items():
+        fits = isinstance(value, (list, tuple)) and all(map(number, value)) if name == "mean" else number(value)
+        if not fits or (name == "img_range" and value < 1e-3) or (name == "drop_path" and not 0 <= value < 1):
+            raise CheckpointError(f"{path}: {name} cannot be {str(value)[:60]}")
+
+
 def misfits(model, state):
     """The first few keys, in words, that keep `state` from fitting `model`; empty where all fit."""
     expected = model.state_dict()
@@ -612,7 +672,8 @@ def misfits(model, state):
     wrong += [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in expected.items()
               if k in state and state[k].shape != v.shape]
     wrong += [f"{k} holds no plain floating-point numbers" for k, v in state.items()
-              if not v.is_floating_point() or v.layout != torch.strided]
+              if not v.is_floating_point() or v.layout != torch.strided or v.is_meta]
+    wrong += [f"{k} holds NaN or infinity" for k, v in state.items() if not wrong and not v.isfinite().all()]
     return wrong[:3]
 
 
@@ -655,6 +716,8 @@ def load(path, **override):
     img_range) follows the published models, or the file where it says, or `override`: load(path, res_scale=1.0).
     Raises CheckpointError, in one line, for a file that fits nothing."""
     original, stored = unwrap(read_file(path), path)
+    if sum(v.numel() * v.element_size() for v in original.values()) > os.path.getsize(path):
+        raise HostileFile(f"{path}: its entries declare more numbers than the file holds; it is refused")
     state, settings = translate(original, path)
     config = infer(state)
     if config is None:
@@ -662,11 +725,14 @@ def load(path, **override):
             return foreign
         raise CheckpointError(f"{path} is none of EDSR, RCAN, SwinIR; its first keys are {', '.join(list(original)[:3])}"
                               " (pip install spandrel lets other architectures be teachers)")
+    if wrong := oversized(config, state):
+        raise CheckpointError(f"{path} looks like {config['arch']} but does not fit it: {wrong}")
     unseen = ("res_scale", "mean", "img_range", "drop_path")
     config |= settings | {k: v for k, v in (stored or {}).items() if k in unseen}
     if unknown := set(override) - {"res_scale", "mean", "img_range"}:
         raise CheckpointError(f"{path}: cannot override {', '.join(sorted(unknown))}, only res_scale, mean, img_range")
     config |= override
+    require_sane(config, path)
     try:
         with torch.device("meta"):
             model = from_config(config)

@@ -25,7 +25,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -337,7 +336,7 @@ def describe(config):
 def prepare_data(c):
     """The Store of training images, and the held-out pairs [(name, lr, hr)]."""
     if c.data:
-        train = data.find_images(c.data)
+        train = data.find_images(c.data, c.skip_bad)
         held = []
         if not c.val and c.holdout:
             if c.holdout >= len(train):
@@ -413,22 +412,39 @@ class Run:
         """Goes back to the last checkpoint that is whole."""
         for path in (self.out / name for name in CHECKPOINTS):
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = models.read_file(path)
                 break
-            except Exception as e:  # torch raises many kinds for a broken file
+            except models.HostileFile:
+                raise
+            except models.CheckpointError as e:
                 if path.exists():
-                    print(f"warning: {path} cannot be read ({str(e).splitlines()[0][:120]}); trying the one before", file=sys.stderr)
+                    print(f"warning: {path} cannot be read ({e}); trying the one before", file=sys.stderr)
         else:
             raise ConfigError(f"{self.out} holds no checkpoint that can be read; start again with another --out")
-        for part in ("student", "ema", "adapters", "optimizer"):
+        try:
+            self.take(state)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as e:
+            raise ConfigError(f"{path} is no checkpoint of the run in {self.out}/config.json: {e!r:.120}") from None
+
+    def take(self, state):
+        """Becomes what `state` returned; raises one of a few kinds where it cannot be of this run."""
+        for part in ("student", "ema", "adapters"):
             getattr(self, part).load_state_dict(state[part])
+        settings = self.optimizer.state_dict()["param_groups"]  # the run's own, whatever the file says
+        self.optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=settings))
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+        for p, moments in self.optimizer.state.items():
+            if any(moments[k].shape != p.shape for k in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("the optimizer's moments have other shapes than the weights")
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
-        self.step, self.best, self.sums, self.counted = (state[k] for k in ("step", "best", "sums", "counted"))
+        self.step, self.best, self.counted = int(state["step"]), float(state["best"]), int(state["counted"])
+        self.sums = {str(k): float(v) for k, v in state["sums"].items()}
+        if not 0 <= self.step <= self.c.steps:
+            raise ValueError(f"step {self.step} of {self.c.steps}")
         self.saved = self.step
 
     def save(self):
@@ -482,7 +498,7 @@ class Run:
             self.best = psnr
             models.save(self.out / "best.pt", self.ema, raw=self.student.state_dict())
             for (name, _, _), picture in zip(held, pictures):
-                iio.imwrite(self.out / "val" / f"{name}_x{self.c.scale}.png", picture)
+                evaluate.write_picture(self.out / "val" / f"{name}_x{self.c.scale}.png", picture)
         return psnr
 
 
@@ -492,9 +508,12 @@ def start(run, held, command):
     columns = ["step", "lr", *run.names, "val_psnr"]
     if c.resume:
         run.restore()
-        with open(run.out / "log.csv", newline="") as f:  # what was logged after the checkpoint comes again
-            whole = [row for row in csv.reader(f) if len(row) == len(columns)]  # a kill can cut the last row short
-            rows = [columns, *(row for row in whole[1:] if int(row[0]) <= run.step)]
+        try:
+            with open(run.out / "log.csv", newline="") as f:  # what was logged after the checkpoint comes again
+                whole = [row for row in csv.reader(f) if len(row) == len(columns)]  # a kill can cut the last row short
+                rows = [columns, *(row for row in whole[1:] if int(row[0]) <= run.step)]
+        except (OSError, ValueError, csv.Error) as e:
+            raise ConfigError(f"{run.out / 'log.csv'} cannot be gone on with: {e!r:.120}") from None
     else:
         try:
             (run.out / "val").mkdir(parents=True)
@@ -710,6 +729,7 @@ def agreed(stop, run):
 
 def train(c, command=""):
     """One run, from a Config to a trained student in its folder. Raises ConfigError, DataError or CheckpointError."""
+    check_numbers(c)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(c)
     teacher = load_teacher(c)
@@ -777,23 +797,36 @@ def computes_bfloat16(device):
     return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+# The numbers that make sense: a typing slip should not run for a century, fill the memory or learn nothing.
+LIMITS = dict(holdout=(0, 10**6), steps=(1, 10**9), batch=(1, 65536), patch=(1, 1024), lr=(1e-12, 1), ema=(0, 1), seed=(0, 2**62),
+              lambda_rec=(0, 1e6), lambda_kd=(0, 1e6), lambda_dukd=(0, 1e6), lambda_feature=(0, 1e6), crops=(1, 1024), p=(0, 1),
+              ram=(0, 10**9), bench=(0, 10**6), val_every=(0, 10**9), log_every=(1, 10**9), save_minutes=(0, 10**6), stop_at=(0, 10**9))
+
+
+def check_numbers(c):
+    """ConfigError for a number that makes no sense by itself, also where the method does not use it."""
+    for name, (least, most) in LIMITS.items():
+        value = getattr(c, name)
+        if value is not None and not (least <= value <= most and math.isfinite(value)):
+            raise ConfigError(f"{flag(name)} must lie between {least} and {most}, not {value}")
+
+
 def check(c, world):
-    """ConfigError for numbers that make no sense."""
+    """ConfigError for settings that make no sense together, or on this machine."""
     if c.bench and c.resume:
         raise ConfigError("--bench measures fresh networks: leave --resume out")
     if c.label_once and (not c.lambda_kd or c.method in FEATURE_LOSSES):
         raise ConfigError(f"--label-once serves λ_kd's term, without feature losses: not --method {c.method} as it is set")
-    least = dict(bench=0, steps=1, batch=1, patch=1, crops=1, log_every=1, lr=0, ema=0, holdout=0, lambda_rec=0, lambda_kd=0, lambda_dukd=0,
-                 lambda_feature=0, p=0, val_every=0, stop_at=0, ram=0, save_minutes=0)
-    for name, value in ((n, getattr(c, n)) for n in least):
-        if not (math.isfinite(value) and value >= least[name]):
-            raise ConfigError(f"{flag(name)} must be at least {least[name]}, not {value}")
-    if c.p > 1 or c.ema >= 1:
-        raise ConfigError(f"--p {c.p} and --ema {c.ema}: a probability is at most 1, a decay below 1")
+    if c.ema == 1:
+        raise ConfigError("--ema 1 would keep the random start for ever: it must lie below 1")
+    if c.ram * 2**30 > (memory := data.machine_memory()):
+        raise ConfigError(f"--ram {c.ram} is more than this machine has: {memory / 2**30:.0f} GiB")
     if len(set(c.ops)) < len(c.ops):
         raise ConfigError(f"--ops names an operation twice: {' '.join(c.ops)}")
-    if c.patch > 1024 or c.batch > 65536:
-        raise ConfigError(f"--patch {c.patch} and --batch {c.batch}: at most 1024 and 65536")
+    pixels = c.batch * (1 + (c.crops if c.zoom_in else 0)) * (c.patch * c.scale) ** 2
+    if pixels > 2**28:  # 455 times the paper's
+        raise ConfigError(f"--batch {c.batch}, --patch {c.patch} and --crops {c.crops} together make {pixels / 1e6:.0f} million "
+                          "HR pixels an update, beyond any memory: lower one of them")
     if c.zoom_out and c.patch % c.scale:
         raise ConfigError(f"zoom-out reduces the LR patch by {c.scale}: --patch {c.patch} must be a multiple of it (or --no-zoom-out)")
     if c.batch % world:
@@ -807,11 +840,13 @@ def flag(name):
 
 
 def check_out(c):
+    """ConfigError where the run folder cannot be made, or gone on with: before the images are decoded, not after."""
     out = Path(c.out)
     if c.resume and not any((out / name).is_file() for name in CHECKPOINTS):
         raise ConfigError(f"{out} holds no run to resume (no {CHECKPOINTS[0]})")
-    if not c.resume and out.exists():
+    if not c.resume and os.path.lexists(out):
         raise ConfigError(f"{out} exists already: --resume goes on with it, another --out starts a new run")
+    evaluate.check_folder(out, "--out")
 
 
 def report(run, held):
@@ -951,24 +986,38 @@ def resumed(c, given):
     """The Config of the run in --out, with the given settings that may change."""
     if not c.out:
         raise ConfigError("--resume needs --out, the run folder to go on with")
+    path = Path(c.out) / "config.json"
     try:
-        old = json.loads((Path(c.out) / "config.json").read_text())["config"]
+        old = json.loads(path.read_text())["config"]
         before = Config(**old)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{c.out} holds no run to resume (no readable config.json)") from None
+    check_types(before, path)
     for name, value in given.items():
         if name not in MAY_CHANGE and value != getattr(before, name):
             raise ConfigError(f"{flag(name)} {value} contradicts the run in {c.out} ({getattr(before, name)}); leave it out")
     return dataclasses.replace(before, **{k: v for k, v in given.items() if k in MAY_CHANGE})
 
 
+def check_types(c, path):
+    """ConfigError for a setting in a file that no command line could have given."""
+    for f in dataclasses.fields(c):
+        value = getattr(c, f.name)
+        kinds = {float: (int, float), list: (list,)}.get(f.type, (f.type,))
+        fits = isinstance(value, kinds) and isinstance(value, bool) == (f.type is bool) or value is None is f.default
+        entries = value if isinstance(value, list) else [value]
+        if isinstance(value, list) or f.type is str:
+            fits = fits and all(isinstance(v, str) and "\0" not in v for v in entries)
+        if fits and value is not None and "choices" in f.metadata:
+            fits = all(v in f.metadata["choices"] for v in entries)
+        if not fits:
+            raise ConfigError(f"{path}: {f.name} cannot be {str(value)[:60]!r}; it is not as this program wrote it")
+
+
 def main(argv=None):
-    try:
-        c = parse(sys.argv[1:] if argv is None else argv)
-        train(c, command=shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]))
-    except (ConfigError, data.DataError, models.CheckpointError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+    argv = sys.argv[1:] if argv is None else argv
+    with evaluate.errors_in_one_line(ConfigError):
+        train(parse(argv), command=shlex.join(["python", "train.py", *argv]))
 
 
 if __name__ == "__main__":
