@@ -14,10 +14,13 @@ import copy
 import csv
 import dataclasses
 import datetime
+import hashlib
+import io
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -315,7 +318,8 @@ class Run:
         self.optimizer = torch.optim.Adam(trained, lr=c.lr, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
         self.generator = torch.Generator().manual_seed(c.seed)  # patches, zoom-in crops, augmentations
         self.step, self.best, self.sums, self.counted = 0, -math.inf, {}, 0
-        self.saved = None  # the step that last.ckpt holds
+        self.saved = None  # the step that last.ckpt holds, where it is whole
+        self.bar = None
 
     def state(self):
         return dict(step=self.step, best=self.best, counted=self.counted, sums={k: float(v) for k, v in self.sums.items()},
@@ -324,29 +328,41 @@ class Run:
                     random_cuda=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None)
 
     def restore(self):
-        """Goes back to the last checkpoint that is whole."""
-        for path in (self.out / name for name in CHECKPOINTS):
+        """Goes back to the last checkpoint that is whole and of this run."""
+        wrong = []
+        for path in (self.out / name for name in CHECKPOINTS if (self.out / name).exists()):
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                break
-            except Exception as e:  # torch raises many kinds for a broken file
-                if path.exists():
-                    print(f"warning: {path} cannot be read ({str(e).splitlines()[0][:120]}); trying the one before", file=sys.stderr)
-        else:
-            raise ConfigError(f"{self.out} holds no checkpoint that can be read; start again with another --out")
+                self.adopt(models.read_file(path))
+            except models.CheckpointError as e:
+                wrong.append(str(e))
+            except Exception:  # a file of another network or program can go wrong in any way
+                wrong.append(f"{path} holds no state of this run")
+            else:
+                self.saved = self.step if path.name == CHECKPOINTS[0] else None
+                for text in wrong:
+                    print(f"warning: {text}; going on from {path.name}", file=sys.stderr)
+                return
+        raise ConfigError(f"no checkpoint can be read ({'; '.join(wrong)}); start again with another --out")
+
+    def adopt(self, state):
+        """Takes over what `state` returned in an earlier process."""
         for part in ("student", "ema", "adapters", "optimizer"):
             getattr(self, part).load_state_dict(state[part])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
-        self.step, self.best, self.sums, self.counted = (state[k] for k in ("step", "best", "sums", "counted"))
-        self.saved = self.step
+        self.step, self.best = int(state["step"]), float(state["best"])
+        self.sums, self.counted = dict(state["sums"]), int(state["counted"])
 
     def save(self):
-        last, previous = (self.out / name for name in CHECKPOINTS)
-        models.write_atomically(lambda f: torch.save(self.state(), f), last, keep=previous)
+        """last.ckpt comes last: all that it does not bring back by training on is on the disk before it."""
         models.save(self.out / "student.pt", self.ema, raw=self.student.state_dict())
+        with contextlib.suppress(OSError), open(self.out / "log.csv", "rb+") as f:
+            os.fsync(f.fileno())
+        last, previous = (self.out / name for name in CHECKPOINTS)
+        broken = self.saved is None  # then the one before is still the only good one
+        models.write_atomically(models.to_bytes(self.state()), last, keep=None if broken else previous)
         self.saved = self.step
 
     def add(self, terms):
@@ -365,9 +381,13 @@ class Run:
 
     def log(self, means, psnr):
         """A row of log.csv; psnr is None where there was no validation."""
-        with open(self.out / "log.csv", "a", newline="") as f:
-            csv.writer(f).writerow([self.step, f"{learning_rate(self.step - 1, self.c):.3g}",
-                                    *(f"{v:.8g}" for v in means.values()), "" if psnr is None else f"{psnr:.4f}"])
+        row = [self.step, f"{learning_rate(self.step - 1, self.c):.3g}", *(f"{v:.8g}" for v in means.values()),
+               "" if psnr is None else f"{psnr:.4f}"]
+        try:
+            with open(self.out / "log.csv", "ab") as f:
+                f.write(as_csv([row]))
+        except OSError as e:
+            raise models.CheckpointError(f"{self.out / 'log.csv'} cannot be written: {e.strerror or e}") from None
 
     def validate(self, held):
         """Held-out PSNR of the averaged weights; where it is the best so far, best.pt and pictures of the first four."""
@@ -376,30 +396,51 @@ class Run:
             self.best = psnr
             models.save(self.out / "best.pt", self.ema, raw=self.student.state_dict())
             for (name, _, _), picture in zip(held, pictures):
-                iio.imwrite(self.out / "val" / f"{name}_x{self.c.scale}.png", picture)
+                png = iio.imwrite("<bytes>", picture, extension=".png")
+                models.write_atomically(png, self.out / "val" / f"{name}_x{self.c.scale}.png")
         return psnr
 
 
 def start(run, teacher, held, command):
-    """Makes the run folder, or, with --resume, checks it and goes back to its last checkpoint."""
+    """Makes the run folder, or, with --resume, goes back to its last checkpoint and cuts the log there."""
     c = run.c
     columns = ["step", "lr", *term_names(c), "total", "val_psnr"]
     if c.resume:
         run.restore()
-        with open(run.out / "log.csv", newline="") as f:  # what was logged after the checkpoint comes again
-            whole = [row for row in csv.reader(f) if len(row) == len(columns)]  # a kill can cut the last row short
-            rows = [columns, *(row for row in whole[1:] if int(row[0]) <= run.step)]
-    else:
-        try:
-            (run.out / "val").mkdir(parents=True)
-        except OSError as e:
-            raise ConfigError(f"{run.out} cannot be made: {e.strerror or e}; name another --out") from None
-        about = dict(config=dataclasses.asdict(c), **evaluate.provenance(command, run.device), student=run.student.config,
-                     teacher=teacher.config if teacher else None, held_out=[n for n, _, _ in held])
-        (run.out / "config.json").write_text(json.dumps(about, indent=1))
-        rows = [columns]
-    with open(run.out / "log.csv", "w", newline="") as f:
-        csv.writer(f).writerows(rows)
+        models.write_atomically(as_csv([columns, *logged(run.out / "log.csv", len(columns), run.step)]), run.out / "log.csv")
+        print(f"resumed after step {run.step} of {c.steps}", flush=True)
+        return
+    about = dict(config=dataclasses.asdict(c), **evaluate.provenance(command, run.device), student=run.student.config,
+                 teacher=teacher.config if teacher else None, held_out=[n for n, _, _ in held])
+    # Beside its place and then renamed, so that whatever is found there can be resumed. The same settings use the same name
+    # again after a kill; two different runs that start at once do not share one.
+    mark = hashlib.sha256(json.dumps(about["config"]).encode()).hexdigest()[:8]
+    new = run.out.with_name(f"{run.out.name}.{mark}.tmp")
+    try:
+        (new / "val").mkdir(parents=True, exist_ok=True)
+        models.write_atomically(json.dumps(about, indent=1).encode(), new / "config.json")
+        models.write_atomically(as_csv([columns]), new / "log.csv")
+        models.write_atomically(models.to_bytes(run.state()), new / CHECKPOINTS[0])
+        os.rename(new, run.out)
+    except (OSError, models.CheckpointError) as e:
+        raise ConfigError(f"{run.out} cannot be made: {getattr(e, 'strerror', None) or e}; name another --out") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    models.sync_folder(run.out.parent)
+    run.saved = run.step
+
+
+def as_csv(rows):
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode()
+
+
+def logged(path, columns, step):
+    """The rows of a log.csv up to a step: later ones come again, and the last one may have been cut short by a kill."""
+    text = path.read_text(errors="replace").replace("\0", "") if path.is_file() else ""
+    rows = [row for row in csv.reader(text.splitlines()) if len(row) == columns]
+    return [row for row in rows if row[0].isdecimal() and int(row[0]) <= step]
 
 
 def term_names(c):
@@ -417,7 +458,7 @@ def fit(run, teacher, patches, held, features, amp, stop, rank=0, world=1):
     val_every = c.val_every or min(max(c.steps // 10, 1), 5000)
     goal = min(c.stop_at or c.steps, c.steps)
     run.student.train()
-    bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=rank > 0, dynamic_ncols=True,
+    bar = run.bar = tqdm(total=c.steps, initial=run.step, unit="step", disable=rank > 0, dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 10)  # a log file gets a line now and then
     began, first, waited = time.monotonic(), run.step, 0.0
     while run.step < goal and not agreed(stop, run, world):
@@ -524,8 +565,14 @@ def train(c, command=""):
         start(run, teacher, held, command)
     elif c.resume:
         run.restore()
-    with listening() as stop:
-        psnr = fit(run, teacher, patches, held, features, amp, stop, rank, world)
+    try:
+        with listening() as stop:
+            psnr = fit(run, teacher, patches, held, features, amp, stop, rank, world)
+    except models.CheckpointError as e:
+        raise ConfigError(f"{e}; once that is mended, --resume goes on from the last checkpoint in {c.out}") from None
+    finally:
+        if run.bar is not None:
+            run.bar.close()  # so that an error has a line of its own
     if rank == 0:
         conclude(run, psnr)
     if world > 1:
@@ -580,7 +627,7 @@ def flag(name):
 def check_out(c):
     out = Path(c.out)
     if c.resume and not any((out / name).is_file() for name in CHECKPOINTS):
-        raise ConfigError(f"{out} holds no run to resume (no {CHECKPOINTS[0]})")
+        raise ConfigError(f"{out} holds no run to resume (no {CHECKPOINTS[0]}); start again with another --out")
     if not c.resume and out.exists():
         raise ConfigError(f"{out} exists already: --resume goes on with it, another --out starts a new run")
 
@@ -625,12 +672,14 @@ def conclude(run, psnr):
 
 
 @contextlib.contextmanager
-def listening():
-    """While it lasts, SIGINT and SIGTERM finish the step, save and stop: gives the list that will hold the signal."""
+def listening(at_once=False):
+    """While it lasts, SIGINT and SIGTERM finish the step, save and stop: gives the list that will hold the signal.
+
+    at_once: they end the program there and then, with the shell's exit code for it and no traceback."""
     caught = []
 
     def handler(number, frame):
-        if caught:  # asked twice: at once
+        if caught or at_once:  # or asked twice
             raise SystemExit(128 + number)
         caught.append(number)
     before = {}
@@ -666,24 +715,31 @@ def resumed(c, given):
     """The Config of the run in --out, with the given settings that may change."""
     if not c.out:
         raise ConfigError("--resume needs --out, the run folder to go on with")
+    if not Path(c.out).exists():
+        raise ConfigError(f"{c.out} does not exist: no run to resume; leave --resume out to start one")
     try:
         old = json.loads((Path(c.out) / "config.json").read_text())["config"]
         before = Config(**old)
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{c.out} holds no run to resume (no readable config.json)") from None
+        raise ConfigError(f"{c.out} holds no run to resume (no readable config.json); start again with another --out") from None
     for name, value in given.items():
         if name not in MAY_CHANGE and value != getattr(before, name):
             raise ConfigError(f"{flag(name)} {value} contradicts the run in {c.out} ({getattr(before, name)}); leave it out")
-    return dataclasses.replace(before, **{k: v for k, v in given.items() if k in MAY_CHANGE})
+    return dataclasses.replace(before, **{"stop_at": 0, **{k: v for k, v in given.items() if k in MAY_CHANGE}})
 
 
 def main(argv=None):
     try:
-        c = parse(sys.argv[1:] if argv is None else argv)
-        train(c, command=shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]))
+        with listening(at_once=True):  # until the loop begins, and after it
+            c = parse(sys.argv[1:] if argv is None else argv)
+            train(c, command=shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)]))
     except (ConfigError, data.DataError, models.CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except OSError as e:  # a full disk under the output, for one
+        print(f"error: {e.filename or 'the output'}: {e.strerror or e}", file=sys.stderr)
+    else:
+        return
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":
