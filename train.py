@@ -96,6 +96,7 @@ class Config:
     device: str = option("", "cpu, cuda, cuda:1, … (default: cuda where there is one)", metavar="NAME")
     precision: str = option("auto", "of the networks' forward and backward (auto: bfloat16 where the device computes in "
                                     "it, else float32); weights and losses are float32", choices=("auto", "float32", "bfloat16"))
+    deterministic: bool = option(False, "bit-identical results on CUDA too, at some cost in speed", action="store_true")
     ram: float = option(1.0, "GiB of decoded images kept in memory; more go to a mapped file in --cache")
     cache: str = option("", "folder of decoded images (default: ~/.cache/dukd)", metavar="DIR")
     skip_bad: bool = option(False, "leave unusable training images out, with a line each", action="store_true")
@@ -535,6 +536,8 @@ def require_finite(total, terms, run, names, images):
 def train(c, command=""):
     """One run, from a Config to a trained student in its folder. Raises ConfigError, DataError or CheckpointError."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if c.deterministic:
+        make_deterministic()
     device = choose_device(c)
     teacher = load_teacher(c)
     c.scale = c.scale or (teacher.scale if teacher else 4)
@@ -552,7 +555,7 @@ def train(c, command=""):
     if world > 1 and rank == 0:
         dist.barrier()
 
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not c.deterministic
     place = lambda net: net.to(device, memory_format=torch.channels_last) if net else None
     student, teacher = place(student), place(teacher)
     half = c.precision == "bfloat16" or (c.precision == "auto" and computes_bfloat16(device))
@@ -580,6 +583,13 @@ def train(c, command=""):
     if stop:
         raise SystemExit(128 + stop[0])
     return run
+
+
+def make_deterministic():
+    """Only algorithms that add in a fixed order; an error where there is none. To be called before CUDA starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
 
 
 def choose_device(c):

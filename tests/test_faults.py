@@ -450,6 +450,25 @@ def test_a_second_signal_stops_at_once():
     assert end.value.code == 128 + signal.SIGINT
 
 
+# ------------------------------------------------------------------------------------------------ the same again
+@pytest.mark.parametrize("method", train.METHODS)
+def test_deterministic_runs_of_every_method_are_the_same(server, place, tmp_path, method):
+    for out in (tmp_path / "a", tmp_path / "b"):
+        code, _, errors = server.run(command(place, out, 3, "--deterministic", "--method", method))
+        assert code == 0, errors
+    assert_same_outcome(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("teacher, student", [("rcan_c16b1g2", "rcan_c16b1g1"), ("swinir_c12s6", "swinir_c12s6")])
+def test_deterministic_runs_of_the_other_families(server, place, tmp_path, teacher, student):
+    models.save(tmp_path / "teacher.pt", models.build(teacher, 4))
+    for out in (tmp_path / "a", tmp_path / "b"):
+        argv = command(place, out, 2, "--deterministic", "--teacher", tmp_path / "teacher.pt", "--student", student, "--zoom-out")
+        code, _, errors = server.run(argv)
+        assert code == 0, errors
+    assert_same_outcome(tmp_path / "a", tmp_path / "b")
+
+
 def test_where_a_run_can_not_be_resumed_the_error_says_what_to_do(capsys, place, tmp_path):
     assert "leave --resume out" in error_of(capsys, "--resume", "--out", tmp_path / "nowhere")
     (tmp_path / "other").mkdir()
