@@ -4,11 +4,13 @@ A picture is a uint8 array (H,W,C); a batch is a float tensor (N,3,h,w) in [0,1]
 processes: every image is decoded once into one flat uint8 store, which lies in memory, on the GPU, or, when it is
 large, in a file mapped into memory, and a batch is one gather from it.
 """
+import contextlib
 import hashlib
 import json
 import os
 import stat
 import tempfile
+import time
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -262,6 +264,7 @@ def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False)
     skip_bad leaves unusable images out, each with a line, instead of raising their DataError."""
     key = store_key(paths, lr_paths, scale, least)
     file = Path(cache) / f"{key}.pixels"
+    index = file.with_suffix(".json.tmp")
     if (found := open_store(file, scale, least)) is not None and (skip_bad or len(found) == len(paths)):
         return found
     memory, spill, tables, names, done = deque(), None, ([], []), [], 0
@@ -279,6 +282,7 @@ def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False)
             names.append(path.name)
             if spill is None and done > ram_limit:
                 file.parent.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(file.parent, key)
                 spill = tempfile.NamedTemporaryFile(dir=file.parent, prefix=key, suffix=".tmp", delete=False)
             if spill is not None:
                 while memory:
@@ -294,16 +298,18 @@ def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False)
             return Store(pixels.view(-1, 3), torch.tensor(tables[1]), torch.tensor(tables[0]), names)
         spill.flush()
         os.fsync(spill.fileno())
-        os.replace(spill.name, file)
-        index = file.with_suffix(".json.tmp")
         index.write_text(json.dumps(dict(bytes=done, lr=tables[0], hr=tables[1], names=names)))
+        os.replace(spill.name, file)
         os.replace(index, file.with_suffix(".json"))  # last: a store without its index does not count
     except OSError as e:
+        with contextlib.suppress(OSError):
+            index.unlink()
         raise DataError(f"{cache}: the decoded images ({done / 2**30:.1f} GiB so far) cannot be stored there: "
                         f"{e.strerror or e}; free space, or name another folder with --cache") from None
     finally:
         if spill is not None:
-            spill.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is not tried again
+                spill.close()
             Path(spill.name).unlink(missing_ok=True)
     return open_store(file, scale, least)
 
@@ -323,6 +329,14 @@ def room_for_labels(store, ram_limit, cache):
     except (OSError, RuntimeError) as e:
         raise DataError(f"{cache}: no room for the teacher's labels ({2 * count / 2**30:.1f} GiB): {getattr(e, 'strerror', None) or e}; "
                         "free space, name another folder with --cache, or leave --label-once out") from None
+
+
+def remove_leftovers(folder, key):
+    """Unfinished stores of these files that nobody has written to for an hour: those of runs that were killed."""
+    for path in folder.glob(f"{key}*.tmp"):
+        with contextlib.suppress(OSError):
+            if path.lstat().st_mtime < time.time() - 3600:
+                path.unlink()
 
 
 def store_key(paths, lr_paths, scale, least):

@@ -435,9 +435,9 @@ def write_picture(path, image):
     try:
         content = iio.imwrite("<bytes>", image[..., 0] if image.shape[2] == 1 else image, plugin="pillow",
                               extension=Path(path).suffix.lower())
-        Path(path).write_bytes(content)
     except (OSError, ValueError, KeyError) as e:
         raise data.DataError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}") from None
+    models.write_atomically(content, path)
 
 
 def check_folder(folder, option):

@@ -13,6 +13,7 @@ Parameter names are those of BasicSR (EDSR, RCAN) and of SwinIR's authors, so fi
 import contextlib
 import copy
 import difflib
+import io
 import math
 import mmap
 import os
@@ -442,22 +443,43 @@ def multiply_adds(model, width=1280, height=720):
 
 
 # ------------------------------------------------------------------------------------------------ files
-def write_atomically(write, path, keep=None):
-    """Calls write(temporary path), flushes it to the disk and renames it to `path`: a kill leaves old or new, whole.
+def write_atomically(content, path, keep=None):
+    """Writes the bytes `content` to the disk beside `path`, then renames: a kill or a power cut leaves old or new, whole.
 
-    keep: where the old file goes. CheckpointError where writing fails (a full disk, say), with the old file as it was."""
+    keep: where the old file goes; between the two renames there is `keep` alone. CheckpointError where writing fails
+    (a full disk, say), with the old file as it was."""
     temporary = f"{path}.tmp"
     try:
-        write(temporary)
-        with open(temporary, "rb") as f:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
             os.fsync(f.fileno())
         if keep and os.path.exists(path):
             os.replace(path, keep)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError when the disk is full
-        with contextlib.suppress(OSError):
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be written: {e.strerror or e}") from None
+    finally:
+        with contextlib.suppress(OSError):  # still there after a failure only
             os.unlink(temporary)
-        raise CheckpointError(f"{path} cannot be written: {str(e).splitlines()[0]}") from None
+    sync_folder(os.path.dirname(path))
+
+
+def sync_folder(folder):
+    """Flushes a folder's entries to the disk, so that a rename outlives a power cut (where the system can)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder or ".", os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def to_bytes(content):
+    """What torch.save writes, in memory: its own file writer hides why a disk takes no more."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
 
 def save(path, model, raw=None):
@@ -469,7 +491,7 @@ def save(path, model, raw=None):
     pack = lambda state: {k: v.detach().cpu().contiguous() for k, v in (state | extra).items()}
     averaged = pack(model.state_dict())
     content = {"params_ema": averaged, "params": averaged if raw is None else pack(raw), "config": model.config}
-    write_atomically(lambda f: torch.save(content, f), path)
+    write_atomically(to_bytes(content), path)
 
 
 def read_file(path):
@@ -481,6 +503,7 @@ def read_file(path):
         if str(path).endswith(".safetensors"):  # its reader holds the declared sizes against the file's
             from safetensors.torch import load_file
             return load_file(path)
+        check_sums(path)
         refuse_bombs(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         refuse_inflated(content, path)
@@ -491,13 +514,29 @@ def read_file(path):
         if found := re.search(r"GLOBAL ([\w.]+)", str(e)):
             raise HostileFile(f"{path} wants to run code ({found[1]}) when loaded and is refused; ask for a file "
                               "with weights only, or re-save its state dict where you trust it") from None
-        raise CheckpointError(f"{path} is not a whole checkpoint file (truncated, or of another kind)") from None
+        raise CheckpointError(f"{path} is not a whole checkpoint file (truncated, damaged, or of another kind)") from None
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror or e}") from None
     except CheckpointError:
         raise
     except Exception:  # torch and safetensors raise many kinds for rubbish; none of them says more to a user
-        raise CheckpointError(f"{path} is not a whole checkpoint file (truncated, or of another kind)") from None
+        raise CheckpointError(f"{path} is not a whole checkpoint file (truncated, damaged, or of another kind)") from None
+
+
+def check_sums(path):
+    """An exception where a part of a zip file (torch.save's) is not what was written: torch.load itself does not look."""
+    with open(path, "rb") as f:
+        if f.read(4) != b"PK\3\4":  # torch.save's older format has no checksums
+            return
+    left = os.path.getsize(path)
+    with zipfile.ZipFile(path) as z:
+        for part in z.infolist():
+            if part.CRC:  # 0: torch was told to write none
+                with z.open(part) as f:
+                    while chunk := f.read(2**20):
+                        left -= len(chunk)
+                        if left < 0:  # more inside than the file has: not a matter of damage, and never to be read whole
+                            return
 
 
 def refuse_bombs(path):

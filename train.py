@@ -14,11 +14,14 @@ import copy
 import csv
 import dataclasses
 import datetime
+import hashlib
+import io
 import json
 import math
 import os
 import resource
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -98,6 +101,7 @@ class Config:
     record: bool = option(True, "record the step as one CUDA graph (on CUDA, with one process)", action=argparse.BooleanOptionalAction)
     label_once: bool = option(False, "the teacher labels I_LR once, whole images beforehand, not patches in each step", action="store_true")
     bench: int = option(0, "measure N steps, print one line of JSON and write nothing", metavar="N")
+    deterministic: bool = option(False, "bit-identical results on CUDA too, at some cost in speed", action="store_true")
     ram: float = option(1.0, "GiB of decoded images kept in memory; more go to a mapped file in --cache")
     cache: str = option("", "folder of decoded images (default: ~/.cache/dukd)", metavar="DIR")
     skip_bad: bool = option(False, "leave unusable training images out, with a line each", action="store_true")
@@ -400,7 +404,7 @@ class Run:
         self.names = [*term_names(c), "total"]
         self.step, self.best, self.sums, self.counted = 0, -math.inf, dict.fromkeys(self.names, 0.0), 0
         self.recent = []  # (step, terms, numbers of the batch's images) that were not looked at yet
-        self.saved = None  # the step that last.ckpt holds
+        self.saved = None  # the step that last.ckpt holds, where it is whole
 
     def state(self):
         return dict(step=self.step, best=self.best, counted=self.counted, sums=self.sums,
@@ -409,25 +413,26 @@ class Run:
                     random_cuda=torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None)
 
     def restore(self):
-        """Goes back to the last checkpoint that is whole."""
-        for path in (self.out / name for name in CHECKPOINTS):
+        """Goes back to the last checkpoint that is whole and of this run."""
+        wrong = []
+        for path in (self.out / name for name in CHECKPOINTS if (self.out / name).exists()):
             try:
-                state = models.read_file(path)
-                break
+                self.adopt(models.read_file(path))
             except models.HostileFile:
                 raise
             except models.CheckpointError as e:
-                if path.exists():
-                    print(f"warning: {path} cannot be read ({e}); trying the one before", file=sys.stderr)
-        else:
-            raise ConfigError(f"{self.out} holds no checkpoint that can be read; start again with another --out")
-        try:
-            self.take(state)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as e:
-            raise ConfigError(f"{path} is no checkpoint of the run in {self.out}/config.json: {e!r:.120}") from None
+                wrong.append(str(e))
+            except Exception:  # a file of another network or program can go wrong in any way
+                wrong.append(f"{path} holds no state of this run")
+            else:
+                self.saved = self.step if path.name == CHECKPOINTS[0] else None
+                for text in wrong:
+                    print(f"warning: {text}; going on from {path.name}", file=sys.stderr)
+                return
+        raise ConfigError(f"no checkpoint can be read ({'; '.join(wrong)}); start again with another --out")
 
-    def take(self, state):
-        """Becomes what `state` returned; raises one of a few kinds where it cannot be of this run."""
+    def adopt(self, state):
+        """Takes over what `state` returned in an earlier process; fails in one way or another where it is not of this run."""
         for part in ("student", "ema", "adapters"):
             getattr(self, part).load_state_dict(state[part])
         settings = self.optimizer.state_dict()["param_groups"]  # the run's own, whatever the file says
@@ -442,15 +447,18 @@ class Run:
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
         self.step, self.best, self.counted = int(state["step"]), float(state["best"]), int(state["counted"])
-        self.sums = {str(k): float(v) for k, v in state["sums"].items()}
+        self.sums = {name: float(state["sums"][name]) for name in self.names}
         if not 0 <= self.step <= self.c.steps:
             raise ValueError(f"step {self.step} of {self.c.steps}")
-        self.saved = self.step
 
     def save(self):
-        last, previous = (self.out / name for name in CHECKPOINTS)
-        models.write_atomically(lambda f: torch.save(self.state(), f), last, keep=previous)
+        """last.ckpt comes last: all that it does not bring back by training on is on the disk before it."""
         models.save(self.out / "student.pt", self.ema, raw=self.student.state_dict())
+        with contextlib.suppress(OSError), open(self.out / "log.csv", "rb+") as f:
+            os.fsync(f.fileno())
+        last, previous = (self.out / name for name in CHECKPOINTS)
+        broken = self.saved is None  # then the one before is still the only good one
+        models.write_atomically(models.to_bytes(self.state()), last, keep=None if broken else previous)
         self.saved = self.step
 
     def set_rates(self):
@@ -487,9 +495,13 @@ class Run:
 
     def log(self, means, psnr):
         """A row of log.csv; psnr is None where there was no validation."""
-        with open(self.out / "log.csv", "a", newline="") as f:
-            csv.writer(f).writerow([self.step, f"{learning_rate(self.step - 1, self.c):.3g}",
-                                    *(f"{v:.8g}" for v in means.values()), "" if psnr is None else f"{psnr:.4f}"])
+        row = [self.step, f"{learning_rate(self.step - 1, self.c):.3g}", *(f"{v:.8g}" for v in means.values()),
+               "" if psnr is None else f"{psnr:.4f}"]
+        try:
+            with open(self.out / "log.csv", "ab") as f:
+                f.write(as_csv([row]))
+        except OSError as e:
+            raise models.CheckpointError(f"{self.out / 'log.csv'} cannot be written: {e.strerror or e}") from None
 
     def validate(self, held):
         """Held-out PSNR of the averaged weights; where it is the best so far, best.pt and pictures of the first four."""
@@ -503,28 +515,48 @@ class Run:
 
 
 def start(run, held, command):
-    """Makes the run folder, or, with --resume, checks it and goes back to its last checkpoint."""
+    """Makes the run folder, or, with --resume, goes back to its last checkpoint and cuts the log there."""
     c = run.c
     columns = ["step", "lr", *run.names, "val_psnr"]
     if c.resume:
         run.restore()
-        try:
-            with open(run.out / "log.csv", newline="") as f:  # what was logged after the checkpoint comes again
-                whole = [row for row in csv.reader(f) if len(row) == len(columns)]  # a kill can cut the last row short
-                rows = [columns, *(row for row in whole[1:] if int(row[0]) <= run.step)]
-        except (OSError, ValueError, csv.Error) as e:
-            raise ConfigError(f"{run.out / 'log.csv'} cannot be gone on with: {e!r:.120}") from None
-    else:
-        try:
-            (run.out / "val").mkdir(parents=True)
-        except OSError as e:
-            raise ConfigError(f"{run.out} cannot be made: {e.strerror or e}; name another --out") from None
-        about = dict(config=dataclasses.asdict(c), **evaluate.provenance(command, run.device), student=run.student.config,
-                     teacher=run.teacher.config if run.teacher else None, held_out=[n for n, _, _ in held])
-        (run.out / "config.json").write_text(json.dumps(about, indent=1))
-        rows = [columns]
-    with open(run.out / "log.csv", "w", newline="") as f:
-        csv.writer(f).writerows(rows)
+    if run.rank > 0:
+        return
+    if c.resume:
+        models.write_atomically(as_csv([columns, *rows_until(run.out / "log.csv", len(columns), run.step)]), run.out / "log.csv")
+        print(f"resumed after step {run.step} of {c.steps}", flush=True)
+        return
+    about = dict(config=dataclasses.asdict(c), **evaluate.provenance(command, run.device), student=run.student.config,
+                 teacher=run.teacher.config if run.teacher else None, held_out=[n for n, _, _ in held])
+    # Beside its place and then renamed, so that whatever is found there can be resumed. The same settings use the same name
+    # again after a kill; two different runs that start at once do not share one.
+    mark = hashlib.sha256(json.dumps(about["config"]).encode()).hexdigest()[:8]
+    new = run.out.with_name(f"{run.out.name}.{mark}.tmp")
+    try:
+        (new / "val").mkdir(parents=True, exist_ok=True)
+        models.write_atomically(json.dumps(about, indent=1).encode(), new / "config.json")
+        models.write_atomically(as_csv([columns]), new / "log.csv")
+        models.write_atomically(models.to_bytes(run.state()), new / CHECKPOINTS[0])
+        os.rename(new, run.out)
+    except (OSError, models.CheckpointError) as e:
+        raise ConfigError(f"{run.out} cannot be made: {getattr(e, 'strerror', None) or e}; name another --out") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    models.sync_folder(run.out.parent)
+    run.saved = run.step
+
+
+def as_csv(rows):
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode()
+
+
+def rows_until(path, columns, step):
+    """The rows of a log.csv up to a step: later ones come again, and the last one may have been cut short by a kill."""
+    text = path.read_text(errors="replace").replace("\0", "") if path.is_file() else ""
+    rows = [row for row in csv.reader(text.splitlines()) if len(row) == columns]
+    return [row for row in rows if row[0].isdecimal() and int(row[0]) <= step]
 
 
 def term_names(c):
@@ -731,6 +763,8 @@ def train(c, command=""):
     """One run, from a Config to a trained student in its folder. Raises ConfigError, DataError or CheckpointError."""
     check_numbers(c)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if c.deterministic:
+        make_deterministic()
     device = choose_device(c)
     teacher = load_teacher(c)
     c.scale = c.scale or (teacher.scale if teacher else 4)
@@ -749,7 +783,7 @@ def train(c, command=""):
     if world > 1 and rank == 0:
         dist.barrier()
 
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not c.deterministic
     place = lambda net: net.to(device, memory_format=torch.channels_last) if net else None
     student, teacher = place(student), place(teacher)
     half = c.precision == "bfloat16" or (c.precision == "auto" and computes_bfloat16(device))
@@ -765,11 +799,12 @@ def train(c, command=""):
         return bench(run, command)
     if rank == 0:
         report(run, held)
-        start(run, held, command)
-    elif c.resume:
-        run.restore()
-    with listening() as stop:
-        psnr = fit(run, accelerate(run), held, stop)
+    try:
+        with listening() as stop:
+            start(run, held, command)
+            psnr = fit(run, accelerate(run), held, stop)
+    except models.CheckpointError as e:
+        raise ConfigError(f"{e}; once that is mended, --resume goes on from the last checkpoint in {c.out}") from None
     if rank == 0:
         conclude(run, psnr)
     if world > 1:
@@ -777,6 +812,13 @@ def train(c, command=""):
     if stop:
         raise SystemExit(128 + stop[0])
     return run
+
+
+def make_deterministic():
+    """Only algorithms that add in a fixed order; an error where there is none. To be called before CUDA starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
 
 
 def choose_device(c):
@@ -843,7 +885,7 @@ def check_out(c):
     """ConfigError where the run folder cannot be made, or gone on with: before the images are decoded, not after."""
     out = Path(c.out)
     if c.resume and not any((out / name).is_file() for name in CHECKPOINTS):
-        raise ConfigError(f"{out} holds no run to resume (no {CHECKPOINTS[0]})")
+        raise ConfigError(f"{out} holds no run to resume (no {CHECKPOINTS[0]}); start again with another --out")
     if not c.resume and os.path.lexists(out):
         raise ConfigError(f"{out} exists already: --resume goes on with it, another --out starts a new run")
     evaluate.check_folder(out, "--out")
@@ -885,12 +927,14 @@ def conclude(run, psnr):
 
 
 @contextlib.contextmanager
-def listening():
-    """While it lasts, SIGINT and SIGTERM finish the step, save and stop: gives the list that will hold the signal."""
+def listening(at_once=False):
+    """While it lasts, SIGINT and SIGTERM finish the step, save and stop: gives the list that will hold the signal.
+
+    at_once: they end the program there and then, with the shell's exit code for it and no traceback."""
     caught = []
 
     def handler(number, frame):
-        if caught:  # asked twice: at once
+        if caught or at_once:  # or asked twice
             raise SystemExit(128 + number)
         caught.append(number)
     before = {}
@@ -986,17 +1030,19 @@ def resumed(c, given):
     """The Config of the run in --out, with the given settings that may change."""
     if not c.out:
         raise ConfigError("--resume needs --out, the run folder to go on with")
+    if not Path(c.out).exists():
+        raise ConfigError(f"{c.out} does not exist: no run to resume; leave --resume out to start one")
     path = Path(c.out) / "config.json"
     try:
         old = json.loads(path.read_text())["config"]
         before = Config(**old)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise ConfigError(f"{c.out} holds no run to resume (no readable config.json)") from None
+        raise ConfigError(f"{c.out} holds no run to resume (no readable config.json); start again with another --out") from None
     check_types(before, path)
     for name, value in given.items():
         if name not in MAY_CHANGE and value != getattr(before, name):
             raise ConfigError(f"{flag(name)} {value} contradicts the run in {c.out} ({getattr(before, name)}); leave it out")
-    return dataclasses.replace(before, **{k: v for k, v in given.items() if k in MAY_CHANGE})
+    return dataclasses.replace(before, **{"stop_at": 0, **{k: v for k, v in given.items() if k in MAY_CHANGE}})
 
 
 def check_types(c, path):
@@ -1016,7 +1062,7 @@ def check_types(c, path):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    with evaluate.errors_in_one_line(ConfigError):
+    with evaluate.errors_in_one_line(ConfigError), listening(at_once=True):  # until the loop begins, and after it
         train(parse(argv), command=shlex.join(["python", "train.py", *argv]))
 
 
