@@ -6,7 +6,8 @@
     torchrun --nproc_per_node=2 train.py …                                             the same batch on two GPUs
     python train.py --resume --out runs/NAME                                           go on where a run stopped
 
-Read downward: Config, the losses of one batch, the networks and data they need, the loop, the command line.
+Read downward: Config, one step, the networks and data it needs, the run and its loop, the same step faster, the way from
+settings to a student, what a step costs, the command line.
 """
 import argparse
 import contextlib
@@ -162,7 +163,8 @@ def upcycle(patches, drawn, c):
     """The training pairs that were drawn, turned as drawn, and the new inputs made out of them."""
     pixels = patches.fetch(drawn["where"]) if "where" in drawn else drawn
     lr, hr, *t_lr = (drawn["turn"].apply(data.to_float(pixels[k])) for k in ("lr", "hr", "label") if k in pixels)
-    z_in = crop(hr.repeat_interleave(c.crops, 0), drawn["corners"], lr.shape[-2:]) if c.zoom_in else lr[:0]
+    repeated = hr[:, None].expand(-1, c.crops, -1, -1, -1).flatten(0, 1)  # each patch once for each of its crops
+    z_in = crop(repeated, drawn["corners"], lr.shape[-2:]) if c.zoom_in else lr[:0]
     return Batch(lr, hr, z_in, zoom_out(lr, c.scale) if c.zoom_out else lr[:0], drawn["F_in"], drawn["F_out"], *t_lr)
 
 
@@ -610,12 +612,6 @@ def fit(run, advance, held, stop):
     return psnr
 
 
-def share(drawn, rank, world):
-    """This process's part of all that was drawn."""
-    cut = lambda v: v[len(v) * rank // world:len(v) * (rank + 1) // world]
-    return {name: cut(v) for name, v in drawn.items()} if world > 1 else drawn
-
-
 class Clock:
     """How long the device worked and how long it waited for its next step, over the steps taken under `with`."""
 
@@ -737,6 +733,13 @@ def wrapped(function, run):
     return lambda run, drawn: function(run, on_device(drawn, run.device))
 
 
+# ------------------------------------------------------------------------------------------------ several processes
+def share(drawn, rank, world):
+    """This process's part of all that was drawn."""
+    cut = lambda v: v[len(v) * rank // world:len(v) * (rank + 1) // world]
+    return {name: cut(v) for name, v in drawn.items()} if world > 1 else drawn
+
+
 class Trained(torch.nn.Module):
     """All that is trained, in one module, so that DistributedDataParallel averages all of its gradients."""
 
@@ -759,6 +762,7 @@ def agreed(stop, run):
     return bool(flag.item())
 
 
+# ------------------------------------------------------------------------------------------------ from settings to a student
 def train(c, command=""):
     """One run, from a Config to a trained student in its folder. Raises ConfigError, DataError or CheckpointError."""
     check_numbers(c)
@@ -956,8 +960,6 @@ def bench(run, command):
     advance = accelerate(run)
     durations(run, drawn, [advance], 6)
     ready = time.monotonic()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     [times] = durations(run, drawn, [advance], run.c.bench)
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     median = float(np.median(times))
