@@ -46,7 +46,8 @@ def test_named_files_and_functions_exist():
 
 
 def test_flags_named_in_the_text_exist():
-    source = {f"--{f.name.replace('_', '-')}" for f in train.dataclasses.fields(train.Config)} | {"--no-zoom-in", "--no-zoom-out", "--help"}
+    source = {train.flag(f.name) for f in train.dataclasses.fields(train.Config)} | {"--help"}
+    source |= {train.flag(f"no_{f.name}") for f in train.dataclasses.fields(train.Config) if f.type is bool}
     source |= set(re.findall(r'"(--[\w-]+)"', (ROOT / "evaluate.py").read_text()))
     assert not set(re.findall(r"(?<![\w-])(--[a-z][\w-]+)", README)) - source - {"--index-url", "--nproc_per_node"}
 
