@@ -128,7 +128,9 @@ def complete(c, teacher):
     if c.method not in FEATURE_LOSSES:
         unused["lambda_feature"] = 0.0
     given = {k: v for k in paper if (v := getattr(c, k)) is not None}
-    return dataclasses.replace(c, **(paper | given | unused))
+    settings = paper | given | unused
+    settings["zoom_in"] = bool(settings["zoom_in"] and settings["lambda_dukd"])  # z of zoom-in has no other term
+    return dataclasses.replace(c, **settings)
 
 
 # ------------------------------------------------------------------------------------------------ one step
@@ -168,15 +170,19 @@ def upcycle(patches, drawn, c):
     return Batch(lr, hr, z_in, zoom_out(lr, c.scale) if c.zoom_out else lr[:0], drawn["F_in"], drawn["F_out"], *t_lr)
 
 
-def labels(teacher, x, amp):
-    """f_T of I_LR and of the new inputs, without gradient; None where it is not asked. Inputs of one size share a forward."""
+def labels(teacher, x, c, amp):
+    """f_T of I_LR and of the new inputs, without gradient; None for what no term asks. Inputs of one size share a forward."""
     if teacher is None:
         return None, None, None
+    t_lr, t_in, t_out = x.t_lr, None, None
+    pairs = x.lr if t_lr is None and (c.lambda_kd or c.lambda_feature) else x.lr[:0]
     with amp, torch.no_grad():
-        asked = torch.cat([x.lr[:0] if x.t_lr is not None else x.lr, x.z_in])
-        answer = teacher(asked) if len(asked) else None
-        t_lr, t_in = (x.t_lr, answer) if x.t_lr is not None else split(answer, len(x.lr))
-        return t_lr, t_in, teacher(x.z_out) if len(x.z_out) else None
+        if len(asked := torch.cat([pairs, x.z_in])):
+            answer, t_in = split(teacher(asked), len(pairs))
+            t_lr = answer if len(pairs) else t_lr
+        if len(x.z_out) and c.lambda_dukd:
+            t_out = teacher(x.z_out)
+    return t_lr, t_in, t_out
 
 
 def loss_terms(student, x, label, c, amp, features=None):
@@ -194,13 +200,13 @@ def loss_terms(student, x, label, c, amp, features=None):
         terms["rec"] = c.lambda_rec * reconstruction_loss(sr, x.hr)
     if c.lambda_kd:
         terms["kd"] = c.lambda_kd * response_kd_loss(sr, t_lr)
-    if len(x.z_in) and c.lambda_dukd:
+    if len(x.z_in):
         terms["zoom_in"] = c.lambda_dukd * dukd_loss(s_in, t_in, x.F_in)
     if len(x.z_out) and c.lambda_dukd:
         terms["zoom_out"] = c.lambda_dukd * dukd_loss(s_out, t_out, x.F_out)
     if len(x.z_out) and c.lambda_rec:  # I_LR is the ground truth of z_out
         terms["zoom_out_rec"] = c.lambda_rec * reconstruction_loss(x.F_out.invert(s_out), x.lr)
-    if features:
+    if features and c.lambda_feature:
         terms["feature"] = c.lambda_feature * features.loss()
     return terms
 
@@ -221,7 +227,7 @@ def gradients(run, drawn):
     """L of one batch and its gradient, in the .grad of all that is trained. Returns as `step` does."""
     x = upcycle(run.patches, drawn, run.c)
     with run.features.watch() if run.features else contextlib.nullcontext():
-        label = labels(run.teacher, x, run.amp)
+        label = labels(run.teacher, x, run.c, run.amp)
         terms = loss_terms(run.called, x, label, run.c, run.amp, run.features)
     total = sum(terms.values())
     run.optimizer.zero_grad(set_to_none=True)
@@ -563,7 +569,7 @@ def rows_until(path, columns, step):
 
 def term_names(c):
     """The terms that `loss_terms` returns under these settings, in its order."""
-    on = dict(rec=c.lambda_rec, kd=c.lambda_kd, zoom_in=c.zoom_in and c.lambda_dukd, zoom_out=c.zoom_out and c.lambda_dukd,
+    on = dict(rec=c.lambda_rec, kd=c.lambda_kd, zoom_in=c.zoom_in, zoom_out=c.zoom_out and c.lambda_dukd,
               zoom_out_rec=c.zoom_out and c.lambda_rec, feature=c.lambda_feature)
     return [name for name, value in on.items() if value]
 
@@ -992,7 +998,7 @@ def shares(run, drawn):
     """The parts of a step's time: by how much longer it takes with the labels than with the data alone, and so on."""
     def labelled(run, drawn):
         x = upcycle(run.patches, drawn, run.c)
-        return next(t for t in (*labels(run.teacher, x, run.amp), x.hr) if t is not None)
+        return next(t for t in (*labels(run.teacher, x, run.c, run.amp), x.hr) if t is not None)
     steps = [lambda run, drawn: upcycle(run.patches, drawn, run.c).hr, labelled, gradients, step]
     steps = [wrapped(f, run) for f in steps]
     durations(run, drawn, steps, 5)

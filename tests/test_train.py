@@ -104,7 +104,7 @@ def terms_of(student, teacher, lr, hr, c, seed=0, rank=0, world=1, features=None
     drawn["turn"] = drawn["turn"].map(torch.zeros_like)
     x = train.upcycle(pairs, train.share(drawn, rank, world) | ({} if label is None else dict(label=label)), c)
     with features.watch() if features else contextlib.nullcontext():
-        return train.loss_terms(student, x, train.labels(teacher, x, amp), c, amp, features)
+        return train.loss_terms(student, x, train.labels(teacher, x, c, amp), c, amp, features)
 
 
 @pytest.mark.parametrize("consistency", ["zoom_in", "zoom_out", "both", "none"])
@@ -148,6 +148,17 @@ def test_terms_are_the_papers_equations():
 def test_each_ablation_is_one_setting(changes, names):
     student, teacher, lr, hr, c = batch_and_config(**changes)
     assert list(terms_of(student, teacher, lr, hr, c)) == names == train.term_names(c)
+
+
+@pytest.mark.parametrize("changes, asked", [
+    (dict(), [(4, 12), (2, 3)]), (dict(method="kd"), [(2, 12)]), (dict(method="scratch"), []), (dict(method="at"), [(2, 12)]),
+    (dict(lambda_dukd=0.0), [(2, 12)]), (dict(lambda_kd=0.0), [(2, 12), (2, 3)]), (dict(method="at", lambda_feature=0.0), [])])
+def test_the_teacher_answers_only_what_a_term_asks(changes, asked):
+    student, teacher, lr, hr, c = batch_and_config(**changes)
+    seen = []
+    teacher.register_forward_hook(lambda m, x, y: seen.append((len(x[0]), x[0].shape[-1])))
+    terms_of(student, teacher, lr, hr, c)
+    assert seen == asked
 
 
 def test_crops_multiply_the_zoom_in_inputs():
