@@ -526,6 +526,8 @@ def load_rows(options):
     override = {} if options.res_scale is None else dict(res_scale=options.res_scale)
     rows, scale = {}, options.scale
     for name in options.models:
+        if name != "bicubic" and not os.path.exists(name) and difflib.get_close_matches(name, ["bicubic"]):
+            raise data.DataError(f"{name} does not exist; did you mean bicubic?")
         net = None if name == "bicubic" else models.load(name, **override)
         if net is not None and scale not in (None, net.scale):
             raise data.DataError(f"{name} is a x{net.scale} network, but the others (or --scale) are x{scale}")
