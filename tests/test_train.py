@@ -17,6 +17,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import dukd
@@ -470,7 +471,8 @@ def drawn_run(place, tmp_path):
         amp = torch.autocast("cpu", enabled=False)
         if c.label_once:
             train.label_images(teacher, store, amp, c)
-        run = train.Run(c, student, teacher, data.Patches(store, c.patch, 4), None, device, amp)
+        features = train.FeatureLoss(student, teacher, c) if c.method in train.FEATURE_LOSSES else None
+        run = train.Run(c, student.train(), teacher, data.Patches(store, c.patch, 4), features, device, amp)
         made.append(run)
         return run
     return make
@@ -653,6 +655,26 @@ def test_operations_are_counted_as_by_hand(drawn_run):
     passes = lambda net: forward(net, 4, 12) + forward(net, 2, 3)
     counted = train.count_flops(run, train.draw(run.patches, run.c, run.generator))
     assert counted == pytest.approx(passes(run.teacher) + 3 * passes(run.student) - first, rel=0.01)
+
+
+@pytest.mark.parametrize("family, changes", [
+    ("edsr", dict(crops=2, consistency="both")), ("rcan", dict(student="rcan_c16b1g3")), ("swinir", dict(student="swinir_c12s6")),
+    ("edsr", dict(method="at")), ("edsr", dict(label_once=True))])
+def test_a_step_asks_the_device_for_no_value_and_brings_none_along(place, drawn_run, family, changes):
+    """Else it could not be recorded as a CUDA graph: no reading of a number, no size that depends on data, and no tensor
+    made out of Python's numbers, once the first step has filled what is kept."""
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+    run, called = drawn_run(teacher=str(place / f"{family}_x4.pt"), **changes), []
+    run.patches.resident = True  # as on a GPU: the patches are cut inside the step
+    steps(run, train.step, 1)
+    drawn = train.draw(run.patches, run.c, run.generator)
+    with Log():
+        train.step(run, drawn)
+    assert len(called) > 200 and "aten.index.Tensor" in called
+    assert not [name for name in called if re.search(r"_local_scalar_dense|lift_fresh|nonzero|is_nonzero|unique|masked_select", name)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
