@@ -509,6 +509,8 @@ def read_file(path):
         refuse_inflated(content, path)
         return content
     except ImportError:
+        if not str(path).endswith(".safetensors"):
+            raise
         raise CheckpointError(f"{path} needs the package safetensors: pip install safetensors") from None
     except pickle.UnpicklingError as e:
         if found := re.search(r"GLOBAL ([\w.]+)", str(e)):

@@ -566,13 +566,16 @@ def test_places_without_permission(place):
                  ("evaluate", [base / "x2.pt", "--input", base / "good0.png", "--output", base / "readonly" / "o"],
                   "cannot be written to"),
                  ("evaluate", [base / "x2.pt", "--data", base / "closed"], "closed cannot be read: Permission")]
-        (base / "cases.json").write_text(json.dumps([(m, [str(w) for w in words]) for m, words, _ in cases]))
+        whole = [("train", [*common, "--out", base / "whole"], ""), ("evaluate", score, "")]
+        (base / "cases.json").write_text(json.dumps([(m, [str(w) for w in words]) for m, words, _ in whole + cases]))
         script = """
 import json, os, sys
 import evaluate, train
-train.data.read_image("good0.png")  # what Python loads late, nobody might not be allowed to read
+whole_training, whole_scoring, *cases = json.load(open("cases.json"))
+train.main(whole_training[1])  # what Python loads late, nobody might not be allowed to read
+evaluate.main(whole_scoring[1])
 os.setgroups([]), os.setgid(65534), os.setuid(65534), os.chdir("home")
-for module, words in json.load(open("../cases.json")):
+for module, words in cases:
     try:
         dict(train=train, evaluate=evaluate)[module].main(words)
     except SystemExit as e:
