@@ -259,9 +259,11 @@ def test_training_learns(place, tmp_path):
     assert figures[-1] > figures[0] + 1
 
 
-@pytest.mark.parametrize("student, teacher", [("edsr_c6b3", "edsr"), ("swinir_c12s6", "swinir")])
-def test_stopped_and_resumed_equals_uninterrupted(place, tmp_path, student, teacher):
+@pytest.mark.parametrize("student, teacher, threads", [("edsr_c6b3", "edsr", 1), ("edsr_c6b3", "edsr", 2), ("swinir_c12s6", "swinir", 1)])
+def test_stopped_and_resumed_equals_uninterrupted(place, tmp_path, request, student, teacher, threads):
     """Bit for bit, SwinIR with its random drop-path too, and the log as well."""
+    request.addfinalizer(lambda before=torch.get_num_threads(): torch.set_num_threads(before))
+    torch.set_num_threads(threads)
     settings = dict(student=student, teacher=str(place / f"{teacher}_x4.pt"), steps=6, log_every=2, val_every=5)
     train.train(config(place, tmp_path / "whole", **settings))
     train.train(config(place, tmp_path / "parts", stop_at=3, **settings))
