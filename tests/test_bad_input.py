@@ -754,7 +754,7 @@ def test_an_archive_whose_parts_lie_over_each_other_is_refused(here):
         z.writestr("archive/data/0", bytes(10_000))
         z.filelist *= 100
     assert (here / "over.pt").stat().st_size < 20_000
-    with pytest.raises(models.HostileFile, match="holds less than it declares"):
+    with pytest.raises(models.CheckpointError, match="holds less than it declares|not a whole checkpoint"):  # Python 3.13 looks too
         models.read_file(here / "over.pt")
 
 
