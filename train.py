@@ -20,7 +20,6 @@ import io
 import json
 import math
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -960,21 +959,20 @@ def listening(at_once=False):
 # ------------------------------------------------------------------------------------------------ what a step costs
 def bench(run, command):
     """--bench N: the cost of N steps after a warm-up, as one line of JSON. Nothing is written."""
-    cuda, began = run.device.type == "cuda", time.monotonic()
     drawn = lambda: share(draw(run.patches, run.c, run.generator), run.rank, run.world)
-    flops = run.world * count_flops(run, drawn())
+    flops, began = run.world * count_flops(run, drawn()), time.monotonic()
     advance = accelerate(run)
     durations(run, drawn, [advance], 6)
     ready = time.monotonic()
     [times] = durations(run, drawn, [advance], run.c.bench)
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = evaluate.peak_mib(run.device)
     median = float(np.median(times))
     result = dict(teacher=run.teacher and describe(run.teacher.config), student=describe(run.student.config), method=run.c.method,
                   terms=run.names[:-1], batch=run.c.batch, patch=run.c.patch, processes=run.world, label_once=run.c.label_once,
                   precision=run.precision, compiled=run.compiled, recorded=bool(getattr(advance, "graph", False)), steps=run.c.bench,
                   ms_per_step=dict(median=round(median, 3), min=round(min(times), 3)),
                   images_per_s=round(1000 * run.c.batch / median, 2), tflop_per_step=round(flops / 1e12, 5),
-                  tflop_per_s=round(flops / median / 1e9, 4), peak_memory_gib=round(peak / 2**30, 3),
+                  tflop_per_s=round(flops / median / 1e9, 4), peak_memory_gib=peak and round(peak / 1024, 3),
                   warm_up_s=round(ready - began, 2), share=shares(run, drawn), **evaluate.provenance(command, run.device))
     if run.rank == 0:
         print(json.dumps(result), flush=True)
