@@ -689,3 +689,15 @@ def test_on_a_gpu_recording_changes_nothing_and_resuming_goes_on(place, tmp_path
     totals = {n: torch.tensor([float(r["total"]) for r in rows(tmp_path / n)]) for n in ("recorded", "plain", "parts")}
     assert torch.allclose(totals["recorded"], totals["plain"], rtol=1e-3)
     assert torch.allclose(totals["recorded"], totals["parts"], rtol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_deterministic_run_resumes_to_the_same_weights(place, tmp_path, device="cuda"):
+    words = ["--teacher", place / "edsr_x4.pt", "--student", "edsr_c6b3", "--data", place / "train", "--val", place / "val",
+             "--batch", "2", "--patch", "12", "--steps", "12", "--device", device, "--cache", place / "cache", "--deterministic"]
+    for command in ([*words, "--out", tmp_path / "whole"], [*words, "--out", tmp_path / "parts", "--stop-at", "6"],
+                    ["--resume", "--out", tmp_path / "parts"]):
+        done = run_command("train.py", *command)
+        assert done.returncode == 0, done.stderr[-2000:]
+    for key in ("params", "params_ema"):
+        assert same(weights(tmp_path / "whole", key), weights(tmp_path / "parts", key))
