@@ -397,7 +397,7 @@ def _decoded(paths, lr_paths, scale, least):
 
 # ------------------------------------------------------------------------------------------------ patches
 class Patches:
-    """Aligned random LR/HR patches of a Store as float batches in [0,1], on `device`.
+    """Aligned random LR/HR patches of a Store, for `device`; `to_float` makes batches in [0,1] of them.
 
     Images are drawn uniformly, then positions uniformly over the LR image."""
 
@@ -419,11 +419,6 @@ class Patches:
         where = where.to(store.hr.device)
         found = dict(lr=_cut(store.pixels, store.lr, where, p, 1), hr=_cut(store.pixels, store.hr, where, p, s))
         return found if store.labels is None else found | dict(label=_cut(store.labels, store.hr, where, p, s))
-
-    def batch(self, where):
-        """I_LR (n,3,p,p) and I_HR (n,3,s·p,s·p) at the places that `draw` gave."""
-        found = self.fetch(where)
-        return tuple(to_float(found[k].to(self.device)) for k in ("lr", "hr"))
 
 
 def _cut(pixels, table, where, p, s):

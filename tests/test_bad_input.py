@@ -33,20 +33,12 @@ import dukd
 import evaluate
 import models
 import train
+from samples import chunk, cut, damaged, noise, png, png16, save
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = dict(deadline=None, derandomize=True, database=None,
              suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow])
 needs_links = pytest.mark.skipif(os.name == "nt", reason="Windows has other links, and no pipes among files")
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def save(image, path, **options):
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -103,25 +95,11 @@ def said(capfd):
 
 
 # ------------------------------------------------------------------------------------------------ bad pictures
-def chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(width, height, lines, depth=8, colour=2, before=b""):
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
-
-
 @functools.cache
 def zeros(n):
     """n zero bytes as zlib writes them, made in pieces: a gigabyte is a megabyte."""
     packer, piece = zlib.compressobj(9), bytes(2**20)
     return b"".join(packer.compress(piece[:min(2**20, n - i)]) for i in range(0, n, 2**20)) + packer.flush()
-
-
-def cut(path, share):
-    content = save(noise(64, 64, 3), path).read_bytes()
-    path.write_bytes(content[:int(len(content) * share)])
 
 
 def animated(path):
@@ -285,16 +263,10 @@ def exif(orientation):
     return tags
 
 
-def png16(rgb):
-    """16 bits whose high byte and rounding both are the 8-bit value."""
-    lines = (rgb.astype(np.uint16) * 257).astype(">u2")
-    return png(rgb.shape[1], rgb.shape[0], zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines)), depth=16)
-
-
 SMOOTH = np.stack([*np.meshgrid(np.linspace(20, 230, 36), np.linspace(200, 40, 32)), np.full((32, 36), 90.0)], 2).astype(np.uint8)
 GREY = SMOOTH[..., :1].repeat(3, 2)
 KINDS = {  # name: how it is written, and the RGB it must be read as, with a tolerance
-    "16-bit.png": (lambda p: p.write_bytes(png16(SMOOTH)), SMOOTH, 0),
+    "16-bit.png": (lambda p: p.write_bytes(png16(SMOOTH.astype(np.uint16) * 257)), SMOOTH, 0),
     "16-bit grey.png": (lambda p: save((GREY[..., 0].astype(np.uint16) * 257), p), GREY, 0),
     "palette.gif": (lambda p: save(Image.fromarray(GREY // 40 * 40).quantize(16), p), GREY // 40 * 40, 1),
     "palette.png": (lambda p: save(Image.fromarray(GREY // 40 * 40).quantize(16), p), GREY // 40 * 40, 1),
@@ -868,21 +840,6 @@ def test_a_caches_index_that_leads_outside_its_pixels_is_built_again(cached, edi
 
 
 # ------------------------------------------------------------------------------------------------ fuzz
-def damaged(whole, edits):
-    content = bytearray(whole)
-    for what, at, value in edits:
-        at %= max(len(content), 1)
-        if what == "flip" and content:
-            content[at] ^= value
-        elif what == "cut":
-            del content[at:at + value]
-        elif what == "insert":
-            content[at:at] = bytes([value]) * (1 + value % 9)
-        elif what == "end":
-            del content[at:]
-    return bytes(content)
-
-
 EDITS = st.lists(st.tuples(st.sampled_from(["flip", "flip", "cut", "insert", "end"]), st.integers(0, 10**6),
                            st.integers(1, 255)), min_size=1, max_size=4)
 FORMATS = {"a.png": {}, "a.jpg": {}, "b.jpg": dict(progressive=True, exif=exif(6)), "a.gif": {}, "a.bmp": {}, "a.tif": {},
@@ -969,7 +926,7 @@ def test_an_index_with_anything_in_it_never_leads_outside(cached):
         file.with_suffix(".json").write_text(json.dumps(new))
         if (store := data.open_store(file, 2, 4)) is not None:
             patches = data.Patches(store, 4, 2)
-            patches.batch(patches.draw(50, torch.Generator().manual_seed(0)))
+            patches.fetch(patches.draw(50, torch.Generator().manual_seed(0)))
     check()
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import models
+from samples import damaged
 
 TINY = ["edsr_c6b2", "rcan_c16b1g2", "swinir_c12s6"]  # the smallest that the grammar spells
 QUICK = dict(deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate])
@@ -757,18 +758,7 @@ def test_damaged_bytes(folder, kind):
     @hypothesis.settings(max_examples=60, **QUICK)
     @hypothesis.given(edits)
     def check(edits):
-        data = bytearray(whole)
-        for what, at, value in edits:
-            at = min(at, len(data) - 1) if data else 0
-            if what == "flip" and data:
-                data[at] ^= value
-            elif what == "cut":
-                del data[at:at + value]
-            elif what == "insert":
-                data[at:at] = bytes([value]) * (1 + value % 9)
-            elif what == "end":
-                del data[at:]
-        broken.write_bytes(data)
+        broken.write_bytes(damaged(whole, edits))
         loads_or_refuses(broken)
     check()
 
