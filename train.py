@@ -527,11 +527,11 @@ def start(run, held, command):
     columns = ["step", "lr", *run.names, "val_psnr"]
     if c.resume:
         run.restore()
-    if run.rank > 0:
-        return
-    if c.resume:
-        models.write_atomically(as_csv([columns, *rows_until(run.out / "log.csv", len(columns), run.step)]), run.out / "log.csv")
-        print(f"resumed after step {run.step} of {c.steps}", flush=True)
+        if run.rank == 0:
+            kept = rows_until(run.out / "log.csv", len(columns), run.step)
+            models.write_atomically(as_csv([columns, *kept]), run.out / "log.csv")
+            print(f"resumed after step {run.step} of {c.steps}", flush=True)
+    if c.resume or run.rank > 0:
         return
     about = dict(config=dataclasses.asdict(c), **evaluate.provenance(command, run.device), student=run.student.config,
                  teacher=run.teacher.config if run.teacher else None, held_out=[n for n, _, _ in held])
@@ -906,9 +906,8 @@ def report(run, held):
 
     def line(role, net, name):
         text = f"{role:8}{name}: {describe(net.config)}; {models.parameters(net) / 1e6:.2f} M parameters"
-        with contextlib.suppress(Exception):  # some foreign networks cannot be counted
-            text += f", {models.multiply_adds(net) / 1e9:.1f} G multiply-adds (1280x720)"
-        return text
+        madds = evaluate.multiply_adds(net)
+        return text + (f", {madds / 1e9:.1f} G multiply-adds (1280x720)" if madds else "")
     psnr = lambda net: f", held-out {validate(net, held, run.device)[0]:.2f} dB" if held else ""
     if teacher:
         print(line("teacher", teacher, c.teacher) + psnr(teacher))
