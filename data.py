@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import stat
 import tempfile
 import time
@@ -264,7 +265,8 @@ def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False)
     skip_bad leaves unusable images out, each with a line, instead of raising their DataError."""
     key = store_key(paths, lr_paths, scale, least)
     file = Path(cache) / f"{key}.pixels"
-    index = file.with_suffix(".json.tmp")
+    unique = f"{key}.{secrets.token_hex(4)}"  # another run may be at the same images
+    spilled, index = (file.with_name(f"{unique}.{part}.tmp") for part in ("pixels", "json"))
     if (found := open_store(file, scale, least)) is not None and (skip_bad or len(found) == len(paths)):
         return found
     memory, spill, tables, names, done = deque(), None, ([], []), [], 0
@@ -283,7 +285,7 @@ def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False)
             if spill is None and done > ram_limit:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(file.parent, key)
-                spill = tempfile.NamedTemporaryFile(dir=file.parent, prefix=key, suffix=".tmp", delete=False)
+                spill = open(spilled, "xb")
             if spill is not None:
                 while memory:
                     spill.write(memory.popleft().data)
@@ -299,18 +301,18 @@ def build_store(paths, lr_paths, scale, least, ram_limit, cache, skip_bad=False)
         spill.flush()
         os.fsync(spill.fileno())
         index.write_text(json.dumps(dict(bytes=done, lr=tables[0], hr=tables[1], names=names)))
-        os.replace(spill.name, file)
+        os.replace(spilled, file)
         os.replace(index, file.with_suffix(".json"))  # last: a store without its index does not count
     except OSError as e:
-        with contextlib.suppress(OSError):
-            index.unlink()
         raise DataError(f"{cache}: the decoded images ({done / 2**30:.1f} GiB so far) cannot be stored there: "
                         f"{e.strerror or e}; free space, or name another folder with --cache") from None
     finally:
         if spill is not None:
             with contextlib.suppress(OSError):  # what a full disk did not take is not tried again
                 spill.close()
-            Path(spill.name).unlink(missing_ok=True)
+        for path in (spilled, index):  # by names known before there were files: a signal can come between any two lines
+            with contextlib.suppress(OSError):
+                path.unlink()
     return open_store(file, scale, least)
 
 
@@ -322,10 +324,10 @@ def room_for_labels(store, ram_limit, cache):
         return torch.empty(count, dtype=torch.float16).view(-1, 3)
     try:
         Path(cache).mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache, prefix="labels", suffix=".tmp") as file:
+        with tempfile.TemporaryFile(dir=cache) as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, 2 * count)
-            return torch.from_file(file.name, shared=True, size=count, dtype=torch.float16).view(-1, 3)
+            return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=(count // 3, 3)))
     except (OSError, RuntimeError) as e:
         raise DataError(f"{cache}: no room for the teacher's labels ({2 * count / 2**30:.1f} GiB): {getattr(e, 'strerror', None) or e}; "
                         "free space, name another folder with --cache, or leave --label-once out") from None

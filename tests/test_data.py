@@ -778,9 +778,10 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path, files, monkeyp
     assert not list((tmp_path / "cache").glob("*"))
 
 
-def test_an_index_that_cannot_be_written_is_named_too(tmp_path, files):
+def test_an_index_that_cannot_be_written_is_named_too(tmp_path, files, monkeypatch):
     key = data.store_key(files, [None] * 4, 2, 4)
-    (tmp_path / "cache" / f"{key}.json.tmp").mkdir(parents=True)
+    monkeypatch.setattr(data.secrets, "token_hex", lambda n: "token")
+    (tmp_path / "cache" / f"{key}.token.json.tmp").mkdir(parents=True)
     with pytest.raises(data.DataError, match="--cache"):
         build(files, tmp_path / "cache")
 

@@ -395,7 +395,7 @@ def test_a_full_disk_under_the_decoded_images_is_one_line_and_leaves_nothing(ser
         assert not (tmp_path / "run").exists() and not any((tmp_path / "cache").iterdir())
 
 
-def test_an_index_on_a_full_disk_and_what_killed_runs_left(tmp_path):
+def test_an_index_on_a_full_disk_and_what_killed_runs_left(tmp_path, monkeypatch):
     """Nothing of the store stays, and old unfinished stores of the same images are removed, those of others are not."""
     folder = pictures(tmp_path / "small", [(32, 32)] * 3)
     paths, cache = data.find_images([folder]), tmp_path / "cache"
@@ -406,11 +406,56 @@ def test_an_index_on_a_full_disk_and_what_killed_runs_left(tmp_path):
         path.touch()
     for path in (old, other):
         os.utime(path, (0, 0))
-    (cache / f"{key}.json.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(data.secrets, "token_hex", lambda n: "token")
+    (cache / f"{key}.token.json.tmp").symlink_to("/dev/full")
     with pytest.raises(data.DataError, match="No space left"):
         data.build_store(paths, [None] * 3, 4, 8, 0, cache)
     assert set(cache.iterdir()) == {young, other}
     assert len(data.build_store(paths, [None] * 3, 4, 8, 0, cache)) == 3
+
+
+def test_two_runs_that_store_the_same_images_at_once_both_get_them(tmp_path, monkeypatch):
+    paths, cache = data.find_images([pictures(tmp_path / "small", [(32, 32)] * 3)]), tmp_path / "cache"
+    build = lambda: data.build_store(paths, [None] * 3, 4, 8, 0, cache)
+    replace, other = os.replace, []
+
+    def another_run_comes_first(*names):
+        if not other:
+            other.append(None)
+            other.append(build())
+        replace(*names)
+    monkeypatch.setattr(os, "replace", another_run_comes_first)
+    store = build()
+    assert torch.equal(store.pixels, other[1].pixels) and len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # some come within a weak reference's callback
+def test_a_signal_at_any_moment_leaves_no_unfinished_store(tmp_path):
+    """As a handler would, SystemExit comes at the return of each call that build_store makes, one after the other."""
+    paths = data.find_images([pictures(tmp_path / "small", [(32, 32)] * 3)])
+    ended = 0
+    for moment in range(1, 1000):
+        cache, left = tmp_path / str(moment), moment
+
+        def after_a_call(frame, event, arg):
+            nonlocal left
+            caller = frame if event == "c_return" else frame.f_back if event == "return" else None
+            if caller and caller.f_code is data.build_store.__code__:
+                left -= 1
+                if not left:
+                    sys.setprofile(None)
+                    raise SystemExit(143)
+        try:
+            sys.setprofile(after_a_call)
+            data.build_store(paths, [None] * 3, 4, 8, 0, cache)
+        except SystemExit:
+            ended += 1
+        finally:
+            sys.setprofile(None)
+        assert not list(cache.glob("*.tmp")), moment
+        if left > 0:
+            break
+    assert 20 < ended < 900 and len(list(cache.iterdir())) == 2
 
 
 # ------------------------------------------------------------------------------------------------ signals
