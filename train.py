@@ -834,7 +834,9 @@ def choose_device(c):
     """--device, or the GPU of this process where there is one, or the CPU."""
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else ""
     device = evaluate.pick_device(c.device or own)
-    if device.type == "cuda":
+    if device.type == "cpu":
+        evaluate.keep_freed_memory()
+    elif device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
         torch.cuda.set_stream(torch.cuda.Stream())  # all on one stream that is not the default: only such can be recorded
     return device
