@@ -45,15 +45,30 @@ def conv3x3(c_in, c_out):
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
+class PixelShuffle(nn.PixelShuffle):
+    """(N,C·r²,h,w) → (N,C,r·h,r·w)."""
+
+    def forward(self, x):
+        return shuffle_channels_last(x, self.upscale_factor) if x.is_cuda else super().forward(x)
+
+
+def shuffle_channels_last(x, r):
+    """F.pixel_shuffle(x, r) with its result in channels_last order. On CUDA torch's own leaves that order, and the next
+    convolution has to go back to it: two transpositions of the largest feature map there is. (On the CPU it does not.)"""
+    n, c, h, w = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(n, h, w, c // r ** 2, r, r).permute(0, 1, 4, 2, 5, 3)  # (n,h,r,w,r,c/r²)
+    return x.reshape(n, h * r, w * r, c // r ** 2).permute(0, 3, 1, 2)
+
+
 def upsampler(channels, scale):
     """Sub-pixel convolutions: one ×3 stage, or log2(s) stages of ×2 (keys 0, 2, 4)."""
     if scale == 3:
-        return nn.Sequential(conv3x3(channels, 9 * channels), nn.PixelShuffle(3))
-    stages = [m for _ in range(int(math.log2(scale))) for m in (conv3x3(channels, 4 * channels), nn.PixelShuffle(2))]
+        return nn.Sequential(conv3x3(channels, 9 * channels), PixelShuffle(3))
+    stages = [m for _ in range(int(math.log2(scale))) for m in (conv3x3(channels, 4 * channels), PixelShuffle(2))]
     return nn.Sequential(*stages)
 
 
-def in_float32(x):
+def without_autocast(x):
     """Context in which autocast is off for x's device (meta tensors have no autocast to switch off)."""
     known = torch.amp.is_autocast_available(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext()
@@ -75,11 +90,15 @@ class SRNetwork(nn.Module):
         return (x - self.mean) * self.img_range
 
     def reconstruct(self, features):
-        """(N,c,h,w) features to the picture. The last convolution runs in float32 under autocast too:
-        bfloat16 has 8 significant bits, and would quantise the output to steps coarser than uint8's."""
-        features = self.upsample(features)
-        with in_float32(features):
-            return self.conv_last(features.to(self.conv_last.weight.dtype)) / self.img_range + self.mean
+        """(N,c,h,w) features to the picture."""
+        return self.picture(self.conv_last, self.upsample(features))
+
+    def picture(self, last, features):
+        """What the last layer makes of features, no longer normalised. It runs in its weights' precision under autocast too, float32
+        as a rule: bfloat16 has 8 significant bits, and quantises the output to steps about as coarse as uint8's."""
+        with without_autocast(features):
+            y = last(features.to(next(last.parameters()).dtype))
+            return y.to(self.mean.dtype) / self.img_range + self.mean
 
 
 # ------------------------------------------------------------------------------------------------ EDSR
@@ -90,7 +109,7 @@ class ResidualBlock(nn.Module):
         self.res_scale = res_scale
 
     def forward(self, x):
-        return x + self.res_scale * self.conv2(F.relu(self.conv1(x)))
+        return torch.add(x, self.conv2(F.relu(self.conv1(x))), alpha=self.res_scale)  # x + res_scale·conv2(…), in one pass
 
 
 class EDSR(SRNetwork):
@@ -121,7 +140,9 @@ class ChannelAttention(nn.Module):
                                        nn.ReLU(), nn.Conv2d(channels // reduction, channels, 1), nn.Sigmoid())
 
     def forward(self, x):
-        return x * self.attention(x)
+        _, squeeze, _, excite, _ = self.attention  # convolutions of one pixel: matrix products
+        y = F.relu(F.linear(x.mean((2, 3)), squeeze.weight.flatten(1), squeeze.bias))
+        return x * F.linear(y, excite.weight.flatten(1), excite.bias).sigmoid()[:, :, None, None]
 
 
 class RCAB(nn.Module):
@@ -304,7 +325,7 @@ class SwinIR(SRNetwork):
             self.upsample = upsampler(64, scale)
             self.conv_last = conv3x3(64, 3)
         else:
-            self.upsample = nn.Sequential(conv3x3(channels, 3 * scale ** 2), nn.PixelShuffle(scale))
+            self.upsample = nn.Sequential(conv3x3(channels, 3 * scale ** 2), PixelShuffle(scale))
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
@@ -328,8 +349,7 @@ class SwinIR(SRNetwork):
     def reconstruct(self, features):
         if self.head == "pixelshuffle":
             return super().reconstruct(self.conv_before_upsample(features))
-        with in_float32(features):
-            return self.upsample(features.to(self.upsample[0].weight.dtype)) / self.img_range + self.mean
+        return self.picture(self.upsample, features)
 
     def forward(self, x):
         h, w = x.shape[-2:]

@@ -109,6 +109,26 @@ def test_swinir_takes_any_size(h, w):
     assert run(tiny("swinir_c12s6", 3), picture(2, 3, h, w)).shape == (2, 3, 3 * h, 3 * w)
 
 
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("r", [2, 3])
+def test_shuffling_pixels_in_channels_last_order(r, order):
+    x = torch.rand(2, 5 * r * r, 4, 6).contiguous(memory_format=order).requires_grad_()
+    y, expected = models.shuffle_channels_last(x, r), F.pixel_shuffle(x, r)
+    assert torch.equal(y, expected) and y.is_contiguous(memory_format=torch.channels_last)
+    weights = torch.rand_like(expected)
+    assert torch.equal(*(torch.autograd.grad((out * weights).sum(), x)[0] for out in (y, expected)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", TINY)
+def test_on_a_gpu_a_network_answers_as_on_the_cpu(name):
+    net, x = tiny(name).eval(), picture(2, 3, 16, 16)
+    expected = run(net, x)
+    found = run(net.to("cuda", memory_format=torch.channels_last), x.cuda())
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (found.cpu() - expected).abs().max() < 5e-3 * expected.abs().max()  # the GPU's convolutions are in tf32
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_samples_of_a_batch_do_not_touch_each_other(name):
     model, x = tiny(name), picture(3, 3, 11, 19)
