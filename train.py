@@ -95,7 +95,7 @@ class Config:
     # How it runs
     device: str = option("", "cpu, cuda, cuda:1, … (default: cuda where there is one)", metavar="NAME")
     precision: str = option("auto", "of the networks' forward and backward (auto: bfloat16 where the device computes in "
-                                    "it, else float32); weights and losses are float32", choices=("auto", "float32", "bfloat16"))
+                                    "it, else float32); losses and the student's weights are float32", choices=("auto", "float32", "bfloat16"))
     compile: bool = option(None, "compile the networks' repeated block with torch.compile (default: on CUDA)",
                            action=argparse.BooleanOptionalAction)
     record: bool = option(True, "record the step as one CUDA graph (on CUDA, with one process)", action=argparse.BooleanOptionalAction)
