@@ -1,903 +1,478 @@
-"""models.py: published sizes, any input, the formats of other codes against stand-ins of those codes (foreign.py),
-files that are saved and read back, names, and files that are broken, foreign or hostile."""
-import functools
+"""models.py: the networks, their names, the checkpoint formats of other codes, and files that are refused."""
+import io
 import os
-import pickle
 import sys
 import types
 
-import foreign
-import hypothesis
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import models
-from samples import damaged
 
-TINY = ["edsr_c6b2", "rcan_c16b1g2", "swinir_c12s6"]  # the smallest that the grammar spells
-QUICK = dict(deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate])
-
-
-@functools.cache
-def on_meta(name, scale):
-    """Built without memory: for counting."""
-    with torch.device("meta"):
-        return models.build(name, scale)
+CONFIGS = {
+    "edsr": dict(arch="edsr", channels=6, blocks=3, res_scale=0.3),
+    "rcan": dict(arch="rcan", channels=8, blocks=2, groups=2, reduction=4),
+    "swinir": dict(arch="swinir", channels=12, stages=2, layers=2, heads=3),
+    "lightweight": dict(arch="swinir", channels=22, stages=1, layers=2, heads=2, window=4, mlp_ratio=15 / 22,
+                        head="pixelshuffledirect"),  # 22·(15/22) is 14.999… in floats
+}
 
 
-def tiny(name, scale=2, seed=0):
-    return foreign.randomise(models.build(name, scale), seed)
+def make(kind, scale=2, seed=0, **more):
+    """A small network in eval mode. All its weights, biases and norms, are random numbers from a seed."""
+    net = models.from_config(CONFIGS[kind] | dict(scale=scale) | more)
+    rng = np.random.RandomState(seed)
+    for p in net.parameters():
+        p.data = torch.tensor(rng.randn(*p.shape) / max(p[0].numel(), 4) ** 0.5, dtype=torch.float32)
+    return net.eval()
 
 
 def picture(*size, seed=0):
-    return torch.rand(*size, generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(np.random.RandomState(seed).rand(*size), dtype=torch.float32)
 
 
-@torch.no_grad()
-def run(net, x):
-    """The network's output in [0,1], also where the network counts in [0,255]."""
-    return net(255 * x) / 255 if isinstance(net, foreign.AuthorsNetwork) else net(x)
-
-
-def stored(tmp_path, content, name="net.pt", **kw):
-    path = tmp_path / name
-    torch.save(content, path, **kw)
-    return path
+def same(a, b, size=(2, 3, 9, 13), tolerance=1e-5):
+    with torch.no_grad():
+        x = picture(*size)
+        expected = b(x)
+        assert expected.std() > 0.05  # a flat output would agree with anything
+        assert (a(x) - expected).abs().max() < tolerance
 
 
 def refused(path, *words, **override):
-    """The message with which `path` is refused: one line that names the file and holds all `words`."""
+    """`path` is refused in one line that names the file and holds all `words`."""
     with pytest.raises(models.CheckpointError) as caught:
         models.load(path, **override)
-    message = str(caught.value)
-    assert "\n" not in message and str(path) in message
-    for word in words:
-        assert word in message
-    return message
+    assert "\n" not in str(caught.value)
+    for word in (str(path), *words):
+        assert word in str(caught.value)
 
 
-# -------------------------------------------------------------------------------- sizes
-@pytest.mark.parametrize("name, scale, count", [
-    ("edsr", 2, 40_729_603), ("edsr", 3, 43_680_003), ("edsr", 4, 43_089_923),
-    ("edsr_baseline", 2, 1_369_859), ("edsr_baseline", 3, 1_554_499), ("edsr_baseline", 4, 1_517_571),
-    ("rcan", 2, 15_444_643), ("rcan", 3, 15_629_283), ("rcan", 4, 15_592_355),  # less the 24 mean-shift constants
-    ("swinir", 2, 11_752_487), ("swinir", 3, 11_937_127), ("swinir", 4, 11_900_199)])
-def test_parameter_counts_as_published(name, scale, count):
-    assert models.parameters(on_meta(name, scale)) == count
+def stored(tmp_path, content, name="net.pt", **options):
+    torch.save(content, tmp_path / name, **options)
+    return tmp_path / name
 
 
-@pytest.mark.parametrize("name, width", [("edsr", 256), ("edsr_baseline", 64), ("rcan", 64), ("swinir", 64)])
-def test_x8_has_one_more_upsampling_stage_than_x4(name, width):
-    more = models.parameters(on_meta(name, 8)) - models.parameters(on_meta(name, 4))
-    assert more == width * 4 * width * 9 + 4 * width
+# ---------------------------------------------------------------------------------------------- networks
+@pytest.mark.parametrize("name, counts", [
+    ("edsr", (40_729_603, 43_680_003, 43_089_923)), ("edsr_baseline", (1_369_859, 1_554_499, 1_517_571)),
+    ("rcan", (15_444_643, 15_629_283, 15_592_355)), ("swinir", (11_752_487, 11_937_127, 11_900_199))])
+def test_parameters_as_published(name, counts):
+    with torch.device("meta"):
+        assert tuple(models.parameters(models.build(name, scale)) for scale in (2, 3, 4)) == counts
 
 
-@pytest.mark.parametrize("name, millions", [("edsr_c64b32", 2.7), ("rcan_c64b6g10", 5.2), ("swinir_c60s24", 1.2)])
-def test_the_papers_students_have_the_papers_size(name, millions):
-    assert models.parameters(on_meta(name, 4)) / 1e6 == pytest.approx(millions, abs=0.06)
+def test_multiply_adds():
+    """By hand: eight 3×3 convolutions at LR size (the upsampler's is 6→24), and the last one at HR size."""
+    per_lr_pixel = 9 * (3 * 6 + 7 * 6 * 6 + 6 * 24 + 4 * 6 * 3)
+    assert models.multiply_adds(make("edsr"), 128, 64) == per_lr_pixel * 64 * 32
+    assert round(models.multiply_adds(models.build("edsr_baseline", 4)) / 1e9, 1) == 114.2  # as published
+    assert models.multiply_adds(torch.nn.Upsample(scale_factor=2)) is None
 
 
-def test_multiply_adds_by_the_fields_convention():
-    model = models.build("edsr_baseline", 4).train()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert round(models.multiply_adds(model) / 1e9, 1) == 114.2
-    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+@pytest.mark.parametrize("kind, pixel", [
+    ("edsr", [0.2712, 0.9998, 0.0670]), ("rcan", [1.5699, 2.3713, 0.5020]),
+    ("swinir", [1.6642, 1.1376, -0.1439]), ("lightweight", [0.1217, 0.7775, -1.1465])])
+def test_outputs_are_what_they_always_were(kind, pixel):
+    """An output pixel of an earlier version, whose networks agreed with those of spandrel."""
+    with torch.no_grad():
+        assert make(kind)(picture(2, 3, 9, 13))[0, :, 5, 7].tolist() == pytest.approx(pixel, abs=2e-4)
 
 
-def test_multiply_adds_by_hand():
-    """3→6 and 2·2+1 6→6 convolutions and the upsampler's at LR size, the last one at HR size, each 9 taps."""
-    per_lr_pixel = 9 * (3 * 6 + 5 * 6 * 6 + 6 * 24 + 4 * 6 * 3)
-    assert models.multiply_adds(models.build("edsr_c6b2", 2), 128, 64) == per_lr_pixel * 64 * 32
-
-
-# -------------------------------------------------------------------------------- inputs and outputs
 @pytest.mark.parametrize("scale", models.SCALES)
-@pytest.mark.parametrize("name", TINY)
-def test_output_is_scale_times_the_input(name, scale):
-    model = tiny(name, scale)
-    assert model.scale == scale and model.config["arch"] == name.split("_")[0]
-    for n, h, w in [(1, 8, 8), (2, 7, 5), (1, 1, 1)]:
-        y = run(model, picture(n, 3, h, w))
-        assert y.shape == (n, 3, scale * h, scale * w) and y.dtype == torch.float32 and y.isfinite().all()
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_any_size_of_input(kind, scale):
+    """Outputs are s times as large, the pictures of a batch do not mix, and the input stays as it was."""
+    net = make(kind, scale)
+    assert net.scale == scale
+    for h, w in [(8, 8), (7, 5), (1, 9), (1, 1)]:
+        x = picture(3, 3, h, w)
+        with torch.no_grad():
+            y, alone = net(x), net(x[1:2])
+        assert y.shape == (3, 3, scale * h, scale * w) and y.dtype == torch.float32
+        assert (y[1:2] - alone).abs().max() < 1e-4
+        assert torch.equal(x, picture(3, 3, h, w))
 
 
-@pytest.mark.parametrize("h, w", [(1, 1), (3, 5), (12, 12), (17, 9), (1, 9), (16, 8)])
-def test_swinir_takes_any_size(h, w):
-    assert run(tiny("swinir_c12s6", 3), picture(2, 3, h, w)).shape == (2, 3, 3 * h, 3 * w)
-
-
-@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("r", [2, 3])
-def test_shuffling_pixels_in_channels_last_order(r, order):
-    x = torch.rand(2, 5 * r * r, 4, 6).contiguous(memory_format=order).requires_grad_()
-    y, expected = models.shuffle_channels_last(x, r), F.pixel_shuffle(x, r)
-    assert torch.equal(y, expected) and y.is_contiguous(memory_format=torch.channels_last)
-    weights = torch.rand_like(expected)
-    assert torch.equal(*(torch.autograd.grad((out * weights).sum(), x)[0] for out in (y, expected)))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", TINY)
-def test_on_a_gpu_a_network_answers_as_on_the_cpu(name):
-    net, x = tiny(name).eval(), picture(2, 3, 16, 16)
-    expected = run(net, x)
-    found = run(net.to("cuda", memory_format=torch.channels_last), x.cuda())
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert (found.cpu() - expected).abs().max() < 5e-3 * expected.abs().max()  # the GPU's convolutions are in tf32
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_samples_of_a_batch_do_not_touch_each_other(name):
-    model, x = tiny(name), picture(3, 3, 11, 19)
-    alone = torch.cat([run(model, x[i:i + 1]) for i in range(3)])
-    assert (run(model, x) - alone).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_the_input_is_left_as_it_was(name):
-    x = picture(1, 3, 8, 8)
-    run(tiny(name), x)
-    assert torch.equal(x, picture(1, 3, 8, 8))
-
-
-@pytest.mark.parametrize("h, w", [(12, 12), (17, 14), (8, 16), (5, 13)])
-def test_swinir_pads_as_its_authors_where_they_can(h, w):
-    x = picture(1, 3, h, w)
-    expected = F.pad(x, (0, -w % 8, 0, -h % 8), mode="reflect")
-    assert torch.equal(models.build("swinir_c12s6", 2).pad(x), expected)
-
-
-@pytest.mark.parametrize("h, w", [(1, 1), (1, 7), (2, 3), (3, 5), (4, 1), (17, 9)])
-def test_swinir_pads_tiny_inputs_by_repeated_mirroring(h, w):
-    x = picture(1, 3, h, w)
-    expected = np.pad(x.numpy(), ((0, 0), (0, 0), (0, -h % 8), (0, -w % 8)), mode="reflect")
-    assert np.array_equal(models.build("swinir_c12s6", 2).pad(x).numpy(), expected)
-
-
-def test_swinir_crops_the_padding_away():
-    model, x = tiny("swinir_c12s6", 3), picture(1, 3, 13, 10)
-    whole = run(model, F.pad(x, (0, 6, 0, 3), mode="reflect"))
-    assert torch.equal(run(model, x), whole[..., :39, :30])
+def test_a_residual_block_scales_its_residual():
+    block, x = make("edsr", res_scale=0.25).body[0], picture(1, 6, 5, 5) - 0.5
+    inside = F.conv2d(x, block.conv1.weight, block.conv1.bias, padding=1).clamp(min=0)
+    residual = F.conv2d(inside, block.conv2.weight, block.conv2.bias, padding=1)
+    assert torch.allclose(block(x), x + 0.25 * residual, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", models.SCALES)
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_edsr_receptive_radius(scale, blocks):
-    """With positive weights every path carries gradient, so its reach is the true receptive field."""
-    model = models.build(f"edsr_c2b{blocks}", scale)
-    for p in model.parameters():
+    """Where all weights are positive, every path carries gradient: its reach is the receptive field."""
+    net = models.build(f"edsr_c2b{blocks}", scale)
+    for p in net.parameters():
         p.data = p.data.abs() + 0.1
-    radius = model.receptive_radius
-    x = torch.ones(1, 3, 2 * radius + 9, 2 * radius + 9, requires_grad=True)
-    centre, s = radius + 4, scale
-    model(x)[..., s * centre:s * centre + s, s * centre:s * centre + s].sum().backward()
-    reached = x.grad.abs().sum((0, 1)).nonzero()
-    reach = (reached - centre).abs().max().item()
-    assert radius - 2 <= reach <= radius  # no farther, and no overlap wasted on a guess
+    centre = net.receptive_radius + 4
+    x = torch.ones(1, 3, 2 * centre + 1, 2 * centre + 1, requires_grad=True)
+    pixels = slice(scale * centre, scale * centre + scale)
+    net(x)[..., pixels, pixels].sum().backward()
+    reach = (x.grad.abs().sum((0, 1)).nonzero() - centre).abs().max().item()
+    assert net.receptive_radius - 1 <= reach <= net.receptive_radius
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_taps_are_feature_maps_of_the_input_size(name):
-    model, seen = tiny(name), []
-    for tap in model.taps:
-        model.get_submodule(tap).register_forward_hook(lambda m, i, o: seen.append(tuple(o.shape)))
-    run(model, picture(2, 3, 8, 16))
-    assert len(seen) == len(model.taps) > 0
-    assert set(seen) == {(2, model.config["channels"], 8, 16)}
+@pytest.mark.parametrize("kind, names", [("edsr", ["body.1", "body.2"]), ("rcan", ["body.0", "body.1"]),
+                                         ("swinir", ["layers.0.conv", "layers.1.conv"])])
+def test_taps_are_four_feature_maps_of_the_input_size(kind, names):
+    net, shapes = make(kind), []
+    assert net.taps == ["conv_first", *names, "conv_after_body"]
+    for tap in net.taps:
+        net.get_submodule(tap).register_forward_hook(lambda module, x, y: shapes.append(tuple(y.shape)))
+    net(picture(2, 3, 8, 16))
+    assert shapes == [(2, net.config["channels"], 8, 16)] * 4
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_bfloat16_autocast(name):
-    """The output stays float32 in type and in fineness, near the full-precision one."""
-    model, x = tiny(name), picture(1, 3, 16, 24)
-    last = model.conv_last
-    last.weight.data *= 0.25  # the spread of a picture, about 0.2
-    full = run(model, x)
-    assert 0.05 < full.std() < 0.4
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = run(model, x)
-    assert y.dtype == torch.float32
-    assert (y - full).abs().max() < 0.01
-    above = (y - model.mean) * model.img_range  # what the last convolution gave: not on bfloat16's grid, coarser than uint8's
-    assert ((above - above.bfloat16()).abs() > 1e-4 * above.abs()).float().mean() > 0.8
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_autocast_leaves_the_last_layer_in_float32(kind):
+    net, x = make(kind), picture(1, 3, 16, 24)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = net(x)
+    before_shift = (y - net.mean) * net.img_range  # bfloat16 would leave these on its own coarse grid
+    off_grid = (before_shift - before_shift.bfloat16()).abs() > 1e-4 * before_shift.abs()
+    assert y.dtype == torch.float32 and off_grid.float().mean() > 0.8
+    with torch.no_grad():
+        assert (y - net(x)).abs().mean() < 0.05 * y.std()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", TINY)
-def test_a_network_converted_as_a_whole(name, dtype):
-    """model.double() and model.bfloat16() work as for any module."""
-    model, x = tiny(name), picture(1, 3, 9, 10)
-    expected = run(model, x)
-    y = run(model.to(dtype), x.to(dtype))
-    assert (y - expected).abs().mean() < (1e-6 if dtype == torch.float64 else 0.02)
+# ---------------------------------------------------------------------------------------------- SwinIR
+def test_padding_is_numpys_reflection():
+    for n in range(200):
+        rng = np.random.RandomState(n)
+        (h, w), multiple, least = rng.randint(1, 20, 2), int(rng.randint(1, 9)), int(rng.randint(0, 20))
+        x = picture(1, 2, h, w, seed=n)
+        below, right = (-max(side, least) % multiple + max(side, least) - side for side in (h, w))
+        expected = np.pad(x.numpy(), ((0, 0), (0, 0), (0, below), (0, right)), mode="reflect")
+        assert np.array_equal(models.mirror(x, multiple, least).numpy(), expected)
 
 
-# -------------------------------------------------------------------------------- drop path
-def swinir(drop_path, **kw):
-    net = models.SwinIR(2, **dict(channels=12, stages=1, layers=2, heads=3, drop_path=drop_path) | kw)
-    return foreign.randomise(net)
-
-
-def test_drop_path_acts_in_training_only():
-    model, x = swinir(0.5), picture(4, 3, 8, 8)
-    torch.manual_seed(0)
-    assert torch.equal(run(model, x), run(model, x))
-    model.train()
-    assert not torch.equal(run(model, x), run(model, x))
-    off = swinir(0.0).train()
-    assert torch.equal(run(off, x), run(off.eval(), x))
-
-
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    model = swinir(0.25, stages=2).train()
-    torch.manual_seed(0)
-    paths = torch.stack([keep for stage in model.draw_paths(4000) for keep in stage])
-    assert paths.shape == (4, 2, 4000, 1, 1, 1)
-    for rate, layer in zip(torch.linspace(0, 0.25, 4).tolist(), paths):  # deeper layers drop more often
-        assert set(layer.unique().tolist()) <= {0, layer.max().item()} and layer.max().item() == pytest.approx(1 / (1 - rate))
-        assert (layer == 0).float().mean().item() == pytest.approx(rate, abs=0.02)
-        assert [branch.mean().item() for branch in layer] == pytest.approx([1, 1], abs=0.03)
-    layer, x = model.layers[1].residual_group["blocks"][0], torch.rand(2, 8, 8, 12)
-    dropped = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1, 1).expand(2, -1, -1, -1, -1)
-    y, whole = layer(x, None, dropped), layer(x, None, None)
-    assert torch.equal(y[0], x[0]) and torch.allclose(y[1], whole[1], atol=1e-6)
+def test_shift_mask_by_hand():
+    """4×4 in windows of 2×2, shifted by 1. Only the first window's pixels were neighbours before."""
+    masked = models.shift_mask(4, 4, 2, 1) == -100
+    assert masked[0].sum() == 0
+    assert masked[1].tolist() == [[False, True] * 2, [True, False] * 2] * 2  # left and right halves differ
+    assert masked[2].tolist() == [[False, False, True, True]] * 2 + [[True, True, False, False]] * 2
+    assert torch.equal(masked[3], ~torch.eye(4, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("shift", [0, 2])
 def test_window_attention_is_the_published_formula(shift):
-    """softmax(qkᵀ/√d + bias + mask)v, one window and one head at a time."""
+    """softmax(qkᵀ/√d + bias + mask)v for each window and head, window by window."""
     torch.manual_seed(0)
-    attention, mask = models.WindowAttention(6, 2, 4), models.shift_mask(8, 8, 4, shift) if shift else None
-    x = torch.rand(2 * 4, 16, 6)
+    attention, mask = models.WindowAttention(6, 2, 4), models.shift_mask(8, 12, 4, shift) if shift else None
+    attention.relative_position_bias_table.data.normal_()
+    x = torch.rand(2, 8, 12, 6)
     y = attention(x, mask)
-    q, k, v = attention.qkv(x).split(6, dim=-1)
-    for window in range(8):
+    cells = [(row, column) for row in range(4) for column in range(4)]
+    index = torch.tensor([[(a[0] - b[0] + 3) * 7 + a[1] - b[1] + 3 for b in cells] for a in cells])
+    for n, row, column in [(0, 0, 0), (0, 1, 2), (1, 0, 1), (1, 1, 0)]:
+        window = np.s_[n, 4 * row:4 * row + 4, 4 * column:4 * column + 4]
+        q, k, v = attention.qkv(x[window].reshape(16, 6)).split(6, dim=1)
         heads = []
-        for head in range(2):
-            cut = slice(3 * head, 3 * head + 3)
-            bias = attention.relative_position_bias_table[:, head][models.relative_position_index(4)]
-            scores = q[window, :, cut] @ k[window, :, cut].T / 3 ** 0.5 + bias + (mask[window % 4] if shift else 0)
-            heads.append(scores.softmax(1) @ v[window, :, cut])
-        assert torch.allclose(y[window], attention.proj(torch.cat(heads, 1)), atol=1e-6)
-
-
-# -------------------------------------------------------------------------------- formats of other codes
-FOREIGN = {
-    "edsr authors": foreign.AuthorsEDSR,
-    "edsr authors, 32 blocks scaled by 0.1": lambda s, **kw: foreign.AuthorsEDSR(s, c=4, n=32, res_scale=0.1, **kw),
-    "edsr authors, range 1": lambda s, **kw: foreign.AuthorsEDSR(s, **dict(img_range=1.0) | kw),
-    "rcan authors": foreign.AuthorsRCAN,
-    "rcan authors, one block": lambda s, **kw: foreign.AuthorsRCAN(s, c=20, n=1, groups=3, r=16, **kw),
-    "edsr basicsr": foreign.BasicSREDSR,
-    "edsr basicsr, 32 blocks scaled by 0.1": lambda s, **kw: foreign.BasicSREDSR(s, c=4, n=32, res_scale=0.1, **kw),
-    "rcan basicsr": foreign.BasicSRRCAN,
-    "swinir": foreign.AuthorsSwinIR,
-    "swinir lightweight": lambda s, **kw: foreign.AuthorsSwinIR(s, head="pixelshuffledirect", **kw),
-    "swinir, other sizes": lambda s, **kw: foreign.AuthorsSwinIR(s, c=10, stages=1, layers=3, heads=2, win=4, ratio=1.5, **kw),
-}
-
-
-def same_output(net, model, size=(2, 3, 11, 14)):
-    x = picture(*size)
-    if isinstance(net, foreign.AuthorsNetwork) and model.img_range == 1:
-        expected = net(x).detach()
-    else:
-        expected = run(net, x)
-    assert expected.std() > 0.05  # a flat output would agree with anything
-    assert (run(model, x) - expected).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("scale", models.SCALES)
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_foreign_networks_load_and_answer_the_same(tmp_path, kind, scale):
-    net = foreign.randomise(FOREIGN[kind](scale), seed=scale)
-    model = models.load(stored(tmp_path, net.state_dict()))
-    assert model.scale == scale and not model.training
-    assert model.config["arch"] == kind.split()[0].rstrip(",")
-    same_output(net, model)
-
-
-@pytest.mark.parametrize("kind", ["edsr authors", "rcan authors"])
-def test_mean_shifts_of_another_data_set(tmp_path, kind):
-    """The mean is the file's own, to float32's last digits."""
-    net = foreign.randomise(FOREIGN[kind](2, mean=(0.511237, 0.498761, 0.333333)))
-    model = models.load(stored(tmp_path, net.state_dict()))
-    assert model.config["mean"] == pytest.approx([0.511237, 0.498761, 0.333333], abs=1e-6)
-    same_output(net, model)
-
-
-def test_a_black_mean_does_not_hide_the_range(tmp_path):
-    """Means far below 1/255 of the range are no reason to take [0,255] for [0,1]."""
-    net = foreign.randomise(foreign.AuthorsEDSR(2, mean=(0.02, 0.01, 0.03)))
-    same_output(net, models.load(stored(tmp_path, net.state_dict())))
-
-
-def test_swinir_at_the_size_of_its_stored_masks(tmp_path):
-    """48×48 is the size for which the authors' files hold masks."""
-    net = foreign.randomise(foreign.AuthorsSwinIR(2))
-    same_output(net, models.load(stored(tmp_path, net.state_dict())), (1, 3, 48, 48))
-
-
-def test_half_precision_files_load_as_float32(tmp_path):
-    net = foreign.randomise(foreign.BasicSREDSR(2)).half().float()  # weights that float16 holds exactly
-    model = models.load(stored(tmp_path, {k: v.half() for k, v in net.state_dict().items()}))
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    same_output(net, model)
-
-
-WRAPPERS = {
-    "bare": lambda s, other: s,
-    "params": lambda s, other: {"params": s},
-    "params_ema wins": lambda s, other: {"params": other, "params_ema": s},
-    "state_dict": lambda s, other: {"epoch": 3, "state_dict": s, "optimizer": {"state": {}, "param_groups": []}},
-    "model": lambda s, other: {"iteration": 7, "model": s},
-    "module.": lambda s, other: {f"module.{k}": v for k, v in s.items()},
-    "state_dict, module.": lambda s, other: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
-    "params, model.": lambda s, other: {"params": {f"model.{k}": v for k, v in s.items()}},
-    "compiled and parallel": lambda s, other: {"model": {f"_orig_mod.module.{k}": v for k, v in s.items()}},
-}
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("kind", ["edsr authors", "rcan authors", "edsr basicsr", "rcan basicsr", "swinir"])
-def test_wrappers_around_the_weights(tmp_path, kind, wrapper):
-    net, other = foreign.randomise(FOREIGN[kind](2), 1), FOREIGN[kind](2)
-    same_output(net, models.load(stored(tmp_path, WRAPPERS[wrapper](net.state_dict(), other.state_dict()), "net.pth")))
-
-
-@pytest.mark.parametrize("kind", ["edsr authors", "rcan basicsr", "swinir"])
-def test_files_from_before_torch_1_6(tmp_path, kind):
-    net = foreign.randomise(FOREIGN[kind](2))
-    same_output(net, models.load(stored(tmp_path, net.state_dict(), _use_new_zipfile_serialization=False)))
-
-
-@pytest.mark.parametrize("kind", ["edsr authors", "rcan authors", "rcan basicsr", "swinir", "swinir lightweight"])
-def test_safetensors(tmp_path, kind):
-    safetensors = pytest.importorskip("safetensors.torch")
-    net = foreign.randomise(FOREIGN[kind](2))
-    safetensors.save_file(net.state_dict(), tmp_path / "net.safetensors")
-    same_output(net, models.load(tmp_path / "net.safetensors"))
-
-
-# -------------------------------------------------------------------------------- saving
-OWN = TINY + ["edsr_c4b32", "edsr_c6b2r0.3", "edsr_c4b32r1.0"]
-
-
-@pytest.mark.parametrize("scale", models.SCALES)
-@pytest.mark.parametrize("name", OWN)
-def test_saved_and_loaded_is_the_same_network(tmp_path, name, scale):
-    model, x = tiny(name, scale), picture(1, 3, 9, 10)
-    models.save(tmp_path / "net.pt", model.train())  # saving does not depend on the mode
-    again = models.load(tmp_path / "net.pt")
-    assert not again.training and again.scale == scale and again.config == model.config
-    assert torch.equal(run(again, x), run(model.eval(), x))
-
-
-def test_stored_settings_beat_what_the_shapes_suggest(tmp_path):
-    model = foreign.randomise(models.EDSR(2, 6, 2, res_scale=0.3, mean=(0.5, 0.4, 0.3), img_range=1.0))
-    models.save(tmp_path / "net.pt", model)
-    assert models.load(tmp_path / "net.pt").config == model.config
-    assert models.load(tmp_path / "net.pt", res_scale=0.7).config["res_scale"] == 0.7  # and an override beats both
-
-
-def test_a_lightweight_swinir_comes_back(tmp_path):
-    model, x = swinir(0.2, head="pixelshuffledirect"), picture(1, 3, 9, 10)
-    models.save(tmp_path / "net.pt", model)
-    again = models.load(tmp_path / "net.pt")
-    assert again.config == model.config and torch.equal(run(again, x), run(model, x))
-
-
-@pytest.mark.parametrize("channels, hidden", [(60, 120), (22, 15), (58, 29 + 1), (46, 47)])
-def test_any_mlp_width_comes_back(tmp_path, channels, hidden):
-    """The ratio hidden/channels, found in the shapes, must give `hidden` again, in spite of float rounding."""
-    model = swinir(0.1, channels=channels, heads=2, mlp_ratio=hidden / channels)
-    state = model.state_dict()
-    assert state["layers.0.residual_group.blocks.0.mlp.fc1.weight"].shape[0] == hidden
-    assert models.load(stored(tmp_path, state)).config["channels"] == channels
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_saved_files_hold_what_other_codes_look_for(tmp_path, name):
-    model = tiny(name)
-    models.save(tmp_path / "net.pt", model)
-    content = torch.load(tmp_path / "net.pt", weights_only=True)
-    assert content["config"] == model.config
-    assert set(content["params_ema"]) == set(content["params"]) >= set(model.state_dict())
-    for key, value in model.state_dict().items():
-        assert torch.equal(content["params_ema"][key], value) and torch.equal(content["params"][key], value)
-
-
-def test_raw_weights_go_to_params(tmp_path):
-    averaged, raw = tiny("swinir_c12s6", seed=1), tiny("swinir_c12s6", seed=2)
-    models.save(tmp_path / "net.pt", averaged, raw=raw.state_dict())
-    content, x = torch.load(tmp_path / "net.pt", weights_only=True), picture(1, 3, 8, 8)
-    assert set(content["params"]) == set(content["params_ema"])
-    assert torch.equal(content["params"]["conv_first.weight"], raw.conv_first.weight)
-    assert torch.equal(content["params_ema"]["conv_first.weight"], averaged.conv_first.weight)
-    assert torch.equal(run(models.load(tmp_path / "net.pt"), x), run(averaged, x))
-    stored(tmp_path, {"params": content["params"]}, "raw.pt")
-    assert torch.equal(run(models.load(tmp_path / "raw.pt"), x), run(raw, x))
-
-
-@pytest.mark.parametrize("ours, theirs", [
-    (lambda: tiny("edsr_c6b2"), lambda: foreign.BasicSREDSR(2, c=6, n=2)),
-    (lambda: tiny("rcan_c16b1g2"), lambda: foreign.BasicSRRCAN(2, c=16, n=1, groups=2, r=16)),
-    (lambda: tiny("swinir_c12s6"), lambda: foreign.AuthorsSwinIR(2, c=12, stages=1, layers=6, heads=6)),
-    (lambda: swinir(0.1, head="pixelshuffledirect"), lambda: foreign.AuthorsSwinIR(2, stages=1, head="pixelshuffledirect")),
-], ids=["edsr", "rcan", "swinir", "lightweight"])
-@pytest.mark.parametrize("key", ["params", "params_ema"])
-def test_other_codes_load_our_files_strictly(tmp_path, ours, theirs, key):
-    model, net = ours(), theirs().eval()
-    models.save(tmp_path / "net.pt", model)
-    net.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True)[key], strict=True)
-    same_output(net, model)
-    same_output(net, model, (1, 3, 48, 48))  # where SwinIR's stored masks are used
-
-
-def test_swinir_files_carry_the_authors_constants(tmp_path):
-    models.save(tmp_path / "net.pt", tiny("swinir_c12s6"))
-    params = torch.load(tmp_path / "net.pt", weights_only=True)["params_ema"]
-    for j in range(6):
-        block = f"layers.0.residual_group.blocks.{j}"
-        assert torch.equal(params[f"{block}.attn.relative_position_index"], foreign.position_index(8))
-        if j % 2:
-            assert torch.equal(params[f"{block}.attn_mask"], foreign.slice_mask(48, 48, 8, 4))
-            assert params[f"{block}.attn_mask"].shape == (36, 64, 64)
-        else:
-            assert f"{block}.attn_mask" not in params
-
-
-def test_saving_replaces_the_file_and_leaves_no_other(tmp_path):
-    path = tmp_path / "net.pt"
-    for seed in (1, 2):
-        models.save(path, tiny("edsr_c6b2", seed=seed))
-    assert torch.equal(models.load(path).conv_first.weight, tiny("edsr_c6b2", seed=2).conv_first.weight)
-    assert os.listdir(tmp_path) == ["net.pt"]
-
-
-def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "net.pt"
-    models.save(path, tiny("edsr_c6b2"))
-    before = path.read_bytes()
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(models.CheckpointError, match="net.pt cannot be written: No space left on device"):
-        models.save(path, tiny("edsr_c6b2", seed=1))
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["net.pt"]
-
-
-# -------------------------------------------------------------------------------- overrides
-def test_res_scale_override(tmp_path):
-    net = foreign.randomise(foreign.AuthorsEDSR(2, res_scale=0.4))
-    path = stored(tmp_path, net.state_dict())
-    assert models.load(path).config["res_scale"] == 1.0
-    same_output(net, models.load(path, res_scale=0.4))
-
-
-@pytest.mark.parametrize("kind, settings", [
-    ("edsr basicsr", dict(mean=(0.1, 0.2, 0.3))), ("edsr basicsr", dict(img_range=1.0)),
-    ("rcan basicsr", dict(mean=(0.5, 0.5, 0.5), img_range=1.0)), ("swinir", dict(mean=(0, 0, 0), img_range=2.0)),
-    ("edsr authors", dict(mean=(0.6, 0.5, 0.4)))])
-def test_mean_and_range_override(tmp_path, kind, settings):
-    net = foreign.randomise(FOREIGN[kind](2, **settings))
-    model = models.load(stored(tmp_path, net.state_dict()), **settings)
-    assert {k: model.config[k] for k in settings} == {k: list(v) if k == "mean" else v for k, v in settings.items()}
-    same_output(net, model)
-
-
-@pytest.mark.parametrize("override", [dict(blocks=3), dict(scale=4), dict(drop_path=0.5), dict(res_scael=1.0)])
-def test_other_overrides_are_refused(tmp_path, override):
-    path = stored(tmp_path, tiny("edsr_c6b2").state_dict())
-    refused(path, *override, "res_scale, mean, img_range", **override)
-
-
-def test_a_res_scale_for_a_network_that_has_none_is_refused(tmp_path):
-    refused(stored(tmp_path, tiny("rcan_c16b1g2").state_dict()), "res_scale", res_scale=0.1)
-
-
-def test_a_mean_must_have_three_colours(tmp_path):
-    refused(stored(tmp_path, tiny("edsr_c6b2").state_dict()), "mean", mean=(0.5, 0.5))
-
-
-def test_another_codes_config_is_not_taken_for_ours(tmp_path):
-    """Training codes store settings of their own under "config"; only ours names the architecture there."""
-    net = foreign.randomise(foreign.BasicSREDSR(2))
-    path = stored(tmp_path, {"params": net.state_dict(), "config": {"mean": [0.5, 0.5, 0.5], "drop_path": 0.1}})
-    same_output(net, models.load(path))
-
-
-# -------------------------------------------------------------------------------- names
-@pytest.mark.parametrize("name, sizes", [
-    ("edsr", dict(arch="edsr", channels=256, blocks=32, res_scale=0.1)),
-    ("edsr_baseline", dict(arch="edsr", channels=64, blocks=16, res_scale=1.0)),
-    ("rcan", dict(arch="rcan", channels=64, blocks=20, groups=10, reduction=16)),
-    ("swinir", dict(arch="swinir", channels=180, stages=6, layers=6, heads=6, window=8, mlp_ratio=2.0, drop_path=0.1)),
-    ("edsr_c64b32", dict(arch="edsr", channels=64, blocks=32, res_scale=0.1)),
-    ("edsr_c64b16", dict(arch="edsr", channels=64, blocks=16, res_scale=1.0)),
-    ("edsr_c32b4r0.5", dict(arch="edsr", channels=32, blocks=4, res_scale=0.5)),
-    ("edsr_c32b40r1", dict(arch="edsr", channels=32, blocks=40, res_scale=1.0)),
-    ("rcan_c64b6g10", dict(arch="rcan", channels=64, blocks=6, groups=10, reduction=16)),
-    ("swinir_c60s24", dict(arch="swinir", channels=60, stages=4, layers=6, heads=6, window=8, head="pixelshuffle"))])
-def test_names(name, sizes):
-    model = on_meta(name, 3)
-    assert model.scale == model.config["scale"] == 3
-    assert {k: model.config[k] for k in sizes} == sizes
-
-
-def test_a_config_is_enough_to_build_the_network_again():
-    for name in TINY:
-        model = tiny(name, 3)
-        again = models.from_config(model.config)
-        again.load_state_dict(model.state_dict())
-        assert again.config == model.config
-        assert torch.equal(run(again.eval(), picture(1, 3, 8, 8)), run(model, picture(1, 3, 8, 8)))
-
-
-@pytest.mark.parametrize("name, near", [("edsr_basline", "edsr_baseline"), ("edrs", "edsr"), ("swinr", "swinir"),
-                                        ("rcan_c64b6", "rcan_c64b6g10"), ("swinir_c60s2x", "swinir_c60s24")])
-def test_an_unknown_name_suggests_the_nearest(name, near):
-    with pytest.raises(models.CheckpointError, match=f"'{name}'.*did you mean {near}\\?.*rcan_c64b6g10") as e:
-        models.build(name, 4)
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("name", ["", "vdsr_deep", "edsr_c64b16 ", "edsr_c64", "edsr_c-4b2", "rcan_c64b6g10r0.1", "../edsr.pt",
-                                  "edsr_c64b16r", "edsr_c64b16r-1"])
-def test_names_outside_the_grammar_are_refused(name):
-    with pytest.raises(models.CheckpointError, match="unknown model"):
-        models.build(name, 4)
-
-
-@pytest.mark.parametrize("name, why", [
-    ("edsr_c99999b16", "between 1 and"), ("edsr_c64b0", "between 1 and"), ("rcan_c64b99999g10", "between 1 and"),
-    ("swinir_c60s999996", "between 1 and"), ("edsr_c0b4", "between 1 and"), ("rcan_c8b1g1", "16"),
-    ("swinir_c60s20", "six"), ("swinir_c60s0", "between 1 and"), ("swinir_c20s6", "multiple"),
-    ("edsr_c4096b4096", "."), ("rcan_c4096b90g9", ".")])
-def test_absurd_sizes_are_refused(name, why):
-    """Refused by their config alone: each would take minutes or terabytes to build."""
-    with torch.device("meta"), pytest.raises(models.CheckpointError, match=why) as e:
-        models.build(name, 4)
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("scale", [0, 1, 5, 6, 16, -2, 2.5, None])
-@pytest.mark.parametrize("name", TINY)
-def test_other_scales_are_refused(name, scale):
-    with pytest.raises(models.CheckpointError, match="2, 3, 4, 8"):
+        for head, part in enumerate((np.s_[:, :3], np.s_[:, 3:])):
+            bias = attention.relative_position_bias_table[index, head] + (mask[3 * row + column] if shift else 0)
+            heads.append((q[part] @ k[part].T / 3 ** 0.5 + bias).softmax(1) @ v[part])
+        assert torch.allclose(y[window].reshape(16, 6), attention.proj(torch.cat(heads, 1)), atol=1e-6)
+
+
+def test_drop_path_drops_whole_samples_in_training_only():
+    """The second of two layers drops either branch with p = 0.5: a quarter of the samples stay unchanged."""
+    net, calls = make("swinir", stages=1, drop_path=0.5).train(), []
+    layer = net.layers[0].residual_group["blocks"][1]
+    layer.register_forward_hook(lambda module, args, y: calls.append((*args, y)))
+    torch.manual_seed(0)
+    net(picture(1, 3, 8, 8).expand(400, -1, -1, -1))
+    net.eval()(picture(1, 3, 8, 8))
+    (x, _, keep, y), (_, _, in_eval_mode, _) = calls
+    assert in_eval_mode is None and set(keep.unique().tolist()) == {0, 2}  # 2 = 1/(1 − p) keeps the mean
+    unchanged = (x == y).flatten(1).all(1)
+    assert torch.equal(unchanged, (keep == 0).all(0).flatten()) and 70 < unchanged.sum() < 130
+
+
+# ---------------------------------------------------------------------------------------------- names
+@pytest.mark.parametrize("name, description", [
+    ("edsr", "edsr scale=3 channels=256 blocks=32 res_scale=0.1"),
+    ("edsr_baseline", "edsr scale=3 channels=64 blocks=16 res_scale=1.0"),
+    ("edsr_c32b40r.5", "edsr scale=3 channels=32 blocks=40 res_scale=0.5"),
+    ("rcan", "rcan scale=3 channels=64 blocks=20 groups=10 reduction=16"),
+    ("rcan_c8b6g5", "rcan scale=3 channels=8 blocks=6 groups=5 reduction=8"),
+    ("swinir_c60s24", "swinir scale=3 channels=60 stages=4 layers=6 heads=6 window=8 mlp_ratio=2.0 "
+     "head=pixelshuffle")])
+def test_names(name, description):
+    with torch.device("meta"):
+        assert models.describe(models.build(name, 3).config) == description
+
+
+@pytest.mark.parametrize("name, scale, message", [
+    ("smal", 4, "unknown model 'smal'. Did you mean small? Known: edsr, "),
+    ("edsr_basline", 4, "Did you mean edsr_baseline?"), ("rcan_c64b6", 4, "Did you mean rcan_c64b6g10?"),
+    ("vdsr_deep", 4, "unknown model 'vdsr_deep'. Known"), ("edsr_c64b16 ", 4, "unknown"),
+    ("edsr_c64b0", 4, "unknown"), ("edsr_c64b16r", 4, "unknown"), ("rcan_c64b6g10r0.1", 4, "unknown"),
+    ("swinir_c60s20", 4, "six to a stage"), ("swinir_c20s6", 4, "(20) must be a multiple of its 6 heads"),
+    ("edsr_c4b1", 5, "scale 5 is not one of 2, 3, 4, 8"), ("rcan_c4b1g1", None, "2, 3, 4, 8")])
+def test_names_that_are_refused(name, scale, message):
+    with pytest.raises(models.CheckpointError) as caught:
         models.build(name, scale)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("teacher, student", [
-    ("edsr", "edsr_c64b32"), ("rcan", "rcan_c64b6g10"), ("swinir", "swinir_c60s24"), ("edsr_baseline", "edsr_c32b16"),
-    ("rcan_c64b6g10", "rcan_c32b6g10"), ("swinir_c60s24", "swinir_c30s24"), ("edsr_c64b32", "edsr_c32b32"),
-    ("edsr_c16b4r0.5", "edsr_c8b4r0.5"), ("swinir_c54s6", "swinir_c24s6")])
+    ("edsr", "edsr_c64b32"), ("rcan", "rcan_c64b6g10"), ("swinir", "swinir_c60s24"),
+    ("edsr_baseline", "edsr_c32b16"), ("rcan_c64b6g10", "rcan_c32b6g10"), ("swinir_c60s24", "swinir_c30s24"),
+    ("edsr_c16b4r0.5", "edsr_c8b4r0.5"), ("swinir_c54s6", "swinir_c24s6"), ("rcan_c16b1g1", "rcan_c8b1g1"),
+    ("edsr_c1b1", "edsr_c1b1")])
 def test_small_is_the_papers_student_or_half_the_width(teacher, student):
     with torch.device("meta"):
-        config = models.from_config(models.small(on_meta(teacher, 3))).config
-    assert config == on_meta(student, 3).config
+        config = models.small(models.build(teacher, 3))
+        assert models.from_config(config).config == models.build(student, 3).config
 
 
-@pytest.mark.parametrize("teacher", ["rcan_c16b1g1", "swinir_c6s6", "edsr_c1b1"])
-def test_small_of_the_smallest(teacher):
-    """Where half the width is no network, that is said."""
-    try:
-        model = models.from_config(models.small(models.build(teacher, 2)))
-    except models.CheckpointError as e:
-        assert "\n" not in str(e)
-    else:
-        assert models.parameters(model) <= models.parameters(models.build(teacher, 2))
-
-
-def test_small_is_refused_for_other_families():
-    teacher = types.SimpleNamespace(config=dict(arch="SPAN", scale=2), scale=2)
-    with pytest.raises(models.CheckpointError, match="SPAN.*student"):
-        models.small(teacher)
-
-
-# -------------------------------------------------------------------------------- broken files
-def test_what_is_no_file(tmp_path):
-    refused(tmp_path / "nowhere.pt", "does not exist")
-    refused(tmp_path, "folder")
-    refused(str(tmp_path / "nowhere.safetensors"), "does not exist")
-
-
-@pytest.mark.parametrize("ending", ["pt", "safetensors"])
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("content", [b"", b"\0", b"PK\x03\x04", b"\x80\x02.", b"hello\nI am a text\n", b'{"a": 1}',
-                                     b"\x89PNG\r\n\x1a\n"])
-def test_what_is_no_checkpoint(tmp_path, content, ending):
-    if ending == "safetensors":
-        pytest.importorskip("safetensors")
-    path = tmp_path / f"net.{ending}"
-    path.write_bytes(content)
-    refused(path)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_truncated_file(tmp_path, zipped):
-    path = stored(tmp_path, tiny("edsr_c6b2").state_dict(), _use_new_zipfile_serialization=zipped)
-    whole = path.read_bytes()
-    for share in (0.01, 0.3, 0.6, 0.99):
-        path.write_bytes(whole[:int(share * len(whole))])
-        refused(path, "truncated")
-
-
-@pytest.mark.parametrize("content, words", [
-    (torch.zeros(3), ["Tensor"]), ([1, 2], ["list"]), (None, ["NoneType"]), ({}, []),
-    ({"epoch": 3, "lr": 0.1}, ["epoch", "lr"]),
-    ({"params": {}}, []), ({"params": torch.zeros(3)}, ["params"]), ({"state_dict": {"a": "b"}}, ["a"]),
-    ({3: torch.zeros(3)}, ["3"]), ({"conv_first.weight": "text"}, ["conv_first.weight"]),
-    ({"fc.weight": torch.zeros(4, 4), "fc.bias": torch.zeros(4), "bn.weight": torch.zeros(4)}, ["fc.weight", "fc.bias"]),
-    ({"conv_first.weight": torch.zeros(()), "upsample.0.weight": torch.zeros(())}, ["conv_first.weight"]),
-    ({"head.0.weight": torch.zeros(8, 3, 3, 3)}, ["first"]), ({"two\nlines": torch.zeros(1)}, [])])
-def test_content_that_is_no_network(tmp_path, content, words):
-    refused(stored(tmp_path, content), *words)
-
-
-def edited(kind, edit):
-    state = dict(foreign.randomise(FOREIGN[kind](2)).state_dict())
-    edit(state)
-    return state
-
-
-@pytest.mark.parametrize("kind, key", [
-    ("edsr basicsr", "body.1.conv2.bias"), ("edsr basicsr", "conv_last.weight"),
-    ("rcan basicsr", "body.1.residual_group.1.rcab.0.bias"), ("swinir", "layers.1.residual_group.blocks.1.mlp.fc2.bias"),
-    ("swinir", "norm.weight"), ("swinir", "conv_after_body.weight"), ("swinir", "patch_embed.norm.bias")])
-def test_missing_extra_and_misshaped_keys_are_named(tmp_path, kind, key):
-    refused(stored(tmp_path, edited(kind, lambda s: s.pop(key))), key, "missing")
-    refused(stored(tmp_path, edited(kind, lambda s: s.update({key + "2": s[key]}))), key + "2")
-    shape = tuple(edited(kind, lambda s: None)[key].shape)
-    wrong = (shape[0] + 1, *shape[1:])
-    refused(stored(tmp_path, edited(kind, lambda s: s.update({key: torch.zeros(wrong)}))), key, str(wrong), str(shape))
-
-
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_networks_for_grey_pictures_are_refused(tmp_path, kind):
-    first = "head.0.weight" if "authors" in kind else "conv_first.weight"
-    refused(stored(tmp_path, edited(kind, lambda s: s.update({first: s[first][:, :1]}))), "3, 3, 3")
-
-
-@pytest.mark.parametrize("edit", [
-    lambda s: s.update({"sub_mean.weight": torch.zeros(3, 3, 1, 1)}),  # nothing passes
-    lambda s: s.update({"sub_mean.weight": torch.ones(1, 1, 1, 1), "sub_mean.bias": torch.ones(1)}),
-    lambda s: s.update({"sub_mean.weight": torch.eye(3)[0]}),
-    lambda s: s.update({"sub_mean.weight": torch.tensor(1.0)}),
-    lambda s: s.update({"sub_mean.bias": torch.full((3,), float("nan"))}),
-    lambda s: s.pop("sub_mean.weight"),
-], ids=["zero", "one colour", "a vector", "a number", "not a number", "no weight"])
-def test_a_wrong_mean_shift_is_refused(tmp_path, edit):
-    refused(stored(tmp_path, edited("edsr authors", edit)), "sub_mean")
-
-
-@pytest.mark.parametrize("edit", [
-    lambda net: net.add_mean.bias.data.add_(3.0),
-    lambda net: net.sub_mean.bias.data.mul_(1.01),
-    lambda net: net.add_mean.weight.data.mul_(0.9),
-    lambda net: net.sub_mean.weight.data.add_(0.01),
-], ids=["add_mean.bias", "sub_mean.bias", "add_mean.weight", "sub_mean.weight"])
-def test_mean_shifts_that_were_trained_are_never_ignored(tmp_path, edit):
-    """In old EDSR-PyTorch and RCAN code the shifts were not frozen: such a file is answered for exactly, or refused."""
-    net = foreign.randomise(foreign.AuthorsEDSR(2))
-    edit(net)
-    path = stored(tmp_path, net.state_dict())
-    try:
-        model = models.load(path)
-    except models.CheckpointError:
-        refused(path, "_mean")
-    else:
-        same_output(net, model)
-
-
-def test_attention_without_heads_is_refused(tmp_path):
-    key = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"
-    refused(stored(tmp_path, edited("swinir", lambda s: s.update({key: s[key][:, :0]}))))
-
-
-class Hostile:
-    """Pickles as a call, which an ordinary unpickler makes."""
-
-    def __init__(self, call, *args):
-        self.call = call, args
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("name, hostile", [
-    ("system", lambda marker: Hostile(os.system, f"touch {marker}")),
-    ("eval", lambda marker: Hostile(eval, f"open({str(marker)!r}, 'w')")),
-    ("open", lambda marker: Hostile(open, str(marker), "w"))], ids=["system", "eval", "open"])
-def test_a_file_that_wants_to_run_code_is_refused_by_name(tmp_path, name, hostile, zipped):
-    marker = tmp_path / "marker"
-    content = {"params_ema": tiny("edsr_c6b2").state_dict(), "note": hostile(marker)}
-    path = stored(tmp_path, content, _use_new_zipfile_serialization=zipped)
-    message = refused(path, "run code", name)
-    assert "whole" not in message and not marker.exists()
-    torch.load(path, weights_only=False)  # the trap was a live one
-    assert marker.exists()
-
-
-def test_a_bare_hostile_pickle_is_refused(tmp_path):
-    marker, path = tmp_path / "marker", tmp_path / "net.pt"
-    path.write_bytes(pickle.dumps(Hostile(os.system, f"touch {marker}"), protocol=2))
-    refused(path)
-    assert not marker.exists()
-
-
-def test_a_whole_pickled_network_is_refused_by_name(tmp_path):
-    refused(stored(tmp_path, foreign.AuthorsEDSR(2)), "AuthorsEDSR", "state dict")
-
-
-# -------------------------------------------------------------------------------- fuzz
-def loads_or_refuses(path):
-    """Any file either loads as a network that works, or raises CheckpointError in one line."""
-    try:
-        model = models.load(path)
-    except models.CheckpointError as e:
-        assert "\n" not in str(e)
-    else:
-        assert run(model, picture(1, 3, 3, 2)).shape == (1, 3, 3 * model.scale, 2 * model.scale)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("fuzz")
-
-
-def whole_file(folder, kind):
-    net = {"edsr": foreign.AuthorsEDSR(2, c=2, n=1), "own": models.build("edsr_c2b1", 2)}[kind.split()[0]]
-    path = folder / "whole.pt"
-    if kind == "own":
-        models.save(path, net)
-    elif "safetensors" in kind:
-        path = folder / "whole.safetensors"
-        pytest.importorskip("safetensors.torch").save_file(net.state_dict(), path)
-    else:
-        torch.save(net.state_dict(), path, _use_new_zipfile_serialization="legacy" not in kind)
-    return path
-
-
-@pytest.mark.parametrize("kind", ["own", "edsr zip", "edsr legacy", "edsr safetensors"])
-@pytest.mark.filterwarnings("ignore")  # torch's remarks on the damage
-def test_damaged_bytes(folder, kind):
-    path = whole_file(folder, kind)
-    whole = path.read_bytes()
-    assert models.load(path).scale == 2
-    broken = folder / f"broken{path.suffix}"
-    place = st.integers(0, len(whole) - 1)
-    edit = st.tuples(st.sampled_from(["flip", "cut", "insert", "end"]), place, st.integers(1, 255))
-    edits = st.lists(edit, min_size=1, max_size=4)
-
-    @hypothesis.settings(max_examples=60, **QUICK)
-    @hypothesis.given(edits)
-    def check(edits):
-        broken.write_bytes(damaged(whole, edits))
-        loads_or_refuses(broken)
-    check()
-
-
-DAMAGE = {
-    "remove": lambda v: None, "number": lambda v: v.flatten()[0], "flat": lambda v: v.flatten(), "empty": lambda v: v[:0],
-    "first": lambda v: v[:1], "deeper": lambda v: v[None], "turned": lambda v: v.transpose(0, -1),
-    "twice": lambda v: torch.cat([v, v]),
-    "text": lambda v: "text", "whole numbers": lambda v: v.round().int(), "complex": lambda v: v.to(torch.complex64),
-    "sparse": lambda v: v.float().to_sparse(), "double": lambda v: v.double(), "no columns": lambda v: v[..., :0],
+# ---------------------------------------------------------------------------------------------- formats
+BLOCK = "layers.0.residual_group.blocks"
+SWIN_LAYER = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+RCAB = "body.0.residual_group.0.rcab"
+ENDS = ["conv_first", "conv_after_body", "upsample.0", "upsample.2", "conv_last"]
+LAYERS = {  # of the smallest networks at ×4, by BasicSR's names (SwinIR: its authors')
+    "edsr_c4b1": ["body.0.conv1", "body.0.conv2"],
+    "rcan_c4b1g1": ["body.0.conv", *[f"{RCAB}.{i}" for i in ("0", "2", "3.attention.1", "3.attention.3")]],
+    "swinir_c6s6": ["patch_embed.norm", "layers.0.conv", "norm", "conv_before_upsample.0",
+                    *[f"{BLOCK}.{i}.{name}" for i in range(6) for name in SWIN_LAYER]],
 }
 
 
-@pytest.mark.parametrize("kind", ["edsr authors", "rcan authors", "rcan basicsr", "swinir", "swinir lightweight"])
-@pytest.mark.filterwarnings("ignore")  # torch warns of the complex numbers and empty tensors that are meant here
-def test_damaged_entries(folder, kind):
-    state = foreign.randomise(FOREIGN[kind](2)).state_dict()
-    damages = st.dictionaries(st.sampled_from(sorted(state)), st.sampled_from(sorted(DAMAGE)), min_size=1, max_size=4)
-
-    @hypothesis.settings(max_examples=40, **QUICK)
-    @hypothesis.given(damages)
-    def check(damages):
-        new = {k: DAMAGE[damages[k]](v) if k in damages else v for k, v in state.items()}
-        loads_or_refuses(stored(folder, {k: v for k, v in new.items() if v is not None}, "entries.pt"))
-    check()
-
-
-@pytest.mark.parametrize("kind", ["edsr authors", "rcan authors", "rcan basicsr", "swinir lightweight"])
-def test_every_entry_counts(folder, kind):
-    """Without any one of its weights a file is refused, and named is what it lacks."""
-    smallest = dict(stages=1) if "swinir" in kind else dict(n=1, groups=1) if "rcan" in kind else dict(n=1)
-    state = foreign.randomise(FOREIGN[kind](2, **smallest)).state_dict()
-    for key in state:
-        if not key.endswith(("attn_mask", "relative_position_index")) and "_mean." not in key:
-            refused(stored(folder, {k: v for k, v in state.items() if k != key}, "lacking.pt"))
+@pytest.mark.parametrize("name", LAYERS)
+def test_saved_files_have_the_published_names(tmp_path, name):
+    models.save(tmp_path / "net.pt", models.build(name, 4))
+    content = torch.load(tmp_path / "net.pt", weights_only=True)
+    expected = {f"{layer}.{part}" for layer in ENDS + LAYERS[name] for part in ("weight", "bias")}
+    if name == "swinir_c6s6":  # also the authors' constants, for a 48×48 input
+        expected |= {f"{BLOCK}.{i}.attn.relative_position_bias_table" for i in range(6)}
+        expected |= {f"{BLOCK}.{i}.attn.relative_position_index" for i in range(6)}
+        expected |= {f"{BLOCK}.{i}.attn_mask" for i in (1, 3, 5)}
+        assert content["params"][f"{BLOCK}.1.attn_mask"].shape == (36, 64, 64)
+        assert content["params"][f"{BLOCK}.0.attn.relative_position_index"][0, :3].tolist() == [112, 111, 110]
+    assert set(content["params"]) == set(content["params_ema"]) == expected
 
 
-@pytest.mark.parametrize("damage", ["number", "flat", "empty", "no columns"])
+@pytest.mark.parametrize("scale", models.SCALES)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_files_come_back(tmp_path, kind, scale):
+    """With the settings in the file; bare, as other codes write it, shapes tell all but res_scale."""
+    net, raw, path = make(kind, scale), make(kind, scale, seed=1), tmp_path / "net.pt"
+    models.save(path, net.train(), raw=raw.state_dict())
+    again = models.load(path)
+    assert again.config == net.config and not again.training
+    same(again, net.eval())
+    bare = torch.load(path, weights_only=True)["params"]
+    again = models.load(stored(tmp_path, bare), **({"res_scale": 0.3} if kind == "edsr" else {}))
+    assert again.config == net.config
+    same(again, raw)
+    models.save(path, again)
+    twice = torch.load(path, weights_only=True)["params"]
+    assert twice.keys() == bare.keys() and all(torch.equal(twice[k], bare[k]) for k in bare)
+
+
+def authors_file(core, mean, trained):
+    """A state dict under EDSR's or RCAN's authors' names, with their mean shifts around `core`; its function.
+    trained: the shifts, which are 1×1 convolutions, are more than the identity and a mean."""
+    blocks = core.config["blocks"]
+    renames = {"conv_first": "head.0", "conv_last": "tail.1", "upsample": "tail.0",
+               "conv_after_body": f"body.{core.config.get('groups', blocks)}", ".conv.": f".body.{blocks}.",
+               ".conv1": ".body.0", ".conv2": ".body.2", "residual_group": "body", "rcab": "body",
+               "attention.1": "conv_du.0", "attention.3": "conv_du.2"}
+    state = core.state_dict()
+    for ours, theirs in renames.items():
+        state = {k.replace(ours, theirs): v for k, v in state.items()}
+    wobble = (torch.tensor(np.random.RandomState(1).randn(2, 3, 3, 1, 1)) * (0.1 if trained else 0)).float()
+    for i, name in enumerate(("sub_mean", "add_mean")):
+        state[f"{name}.weight"] = torch.eye(3).view(3, 3, 1, 1) + wobble[i]
+        state[f"{name}.bias"] = (2 * i - 1) * torch.tensor(mean) * 255 + 20 * wobble[i, 0].flatten()
+
+    def forward(x):
+        y = core(F.conv2d(255 * x, state["sub_mean.weight"], state["sub_mean.bias"]))
+        return F.conv2d(y, state["add_mean.weight"], state["add_mean.bias"]) / 255
+    return state, forward
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("scale", models.SCALES)
+@pytest.mark.parametrize("kind", ["edsr", "rcan"])
+def test_the_authors_files_answer_as_the_authors_code(tmp_path, kind, scale, trained):
+    """The mean shifts are folded exactly, also at the border, where convolutions meet the zero padding."""
+    mean = (0.51, 0.02, 0.004) if scale == 3 else models.DIV2K_MEAN
+    core = make(kind, scale, mean=(0, 0, 0), img_range=1.0)
+    state, forward = authors_file(core, mean, trained)
+    net = models.load(stored(tmp_path, state), **({"res_scale": 0.3} if kind == "edsr" else {}))
+    assert net.scale == scale and net.img_range == 255
+    assert trained or net.config["mean"] == pytest.approx(mean, abs=1e-6)
+    same(net, forward)
+    models.save(tmp_path / "ours.pt", net)
+    same(models.load(tmp_path / "ours.pt"), forward)
+    refused(stored(tmp_path, state | {"sub_mean.weight": torch.zeros(3, 3, 1, 1)}))  # it has no inverse
+    refused(stored(tmp_path, state | {"add_mean.weight": torch.ones(3)}))
+
+
+@pytest.mark.parametrize("kind", ["rcan", "swinir"])
+def test_wrappers_around_the_weights(tmp_path, kind):
+    net = make(kind)
+    state, other = net.state_dict(), make(kind, seed=1).state_dict()
+    parallel, compiled = ({f"{prefix}{k}": state[k] for k in state} for prefix in ("module.", "_orig_mod."))
+    for content in ({"params": other, "params_ema": state}, {"epoch": 3, "state_dict": parallel}, compiled,
+                    {"params": state, "config": {"mean": [0, 0, 0]}},  # other codes' settings
+                    {"model": state, "optimizer": {"state": {}}, "config": {"arch": "unet"}}):
+        same(models.load(stored(tmp_path, content)), net)
+
+
+def test_half_precision_in_old_files_and_safetensors(tmp_path):
+    net, mean = make("rcan", mean=[0.5, 0.5, 0.5]).half().float(), (0.5, 0.5, 0.5)
+    state = {k: v.half() for k, v in net.state_dict().items()}
+    same(models.load(stored(tmp_path, state, _use_new_zipfile_serialization=False), mean=mean), net)
+    pytest.importorskip("safetensors.torch").save_file(state, tmp_path / "net.safetensors")
+    same(models.load(tmp_path / "net.safetensors", mean=mean), net)
+
+
+def test_settings_that_shapes_do_not_tell(tmp_path):
+    """The override beats the file's own setting, which beats the published one."""
+    net = make("edsr", mean=(0.5, 0.4, 0.3), img_range=1.0)
+    models.save(tmp_path / "net.pt", net)
+    assert models.load(tmp_path / "net.pt").config == net.config
+    assert models.load(tmp_path / "net.pt", res_scale=0.7).config["res_scale"] == 0.7
+    assert models.load(stored(tmp_path, net.state_dict(), "bare.pt")).config["res_scale"] == 1
+    same(models.load(tmp_path / "bare.pt", res_scale=0.3, mean=(0.5, 0.4, 0.3), img_range=1.0), net)
+    for other in (dict(blocks=5), dict(scale=4), dict(res_scael=1.0), dict(mean=(0.5, 0.5))):
+        refused(tmp_path / "bare.pt", **other)
+
+
+# ---------------------------------------------------------------------------------------- spandrel and ONNX
+def test_another_packages_network(tmp_path, monkeypatch):
+    """A stand-in for spandrel. Its network edits its input and wants multiples of 4, at least 8 pixels."""
+    class Foreign(torch.nn.Module):
+        def forward(self, x):
+            self.size = tuple(x.shape[-2:])
+            return F.interpolate(x.mul_(255), scale_factor=2) / 255
+
+    found = types.SimpleNamespace(model=Foreign(), scale=2, architecture=types.SimpleNamespace(name="X"),
+                                  size_requirements=types.SimpleNamespace(multiple_of=4, minimum=8))
+    loader = types.SimpleNamespace(load_from_state_dict=lambda state: found)
+    monkeypatch.setitem(sys.modules, "spandrel", types.SimpleNamespace(ModelLoader=lambda device: loader))
+    path, x = stored(tmp_path, {"odd.weight": torch.zeros(2)}), picture(1, 3, 9, 5)
+    net = models.load(path)
+    assert torch.allclose(net(x), F.interpolate(x, scale_factor=2)) and net.model.size == (12, 8)
+    assert (net.scale, net.config["arch"], net.taps, net.receptive_radius) == (2, "X", [], None)
+    assert torch.equal(x, picture(1, 3, 9, 5)) and models.multiply_adds(net) is None
+    refused(path, res_scale=0.1)
+    with pytest.raises(models.CheckpointError, match="X"):
+        models.small(net)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.filterwarnings("ignore")
-def test_every_entrys_shape_counts(folder, damage):
-    state = foreign.randomise(foreign.AuthorsEDSR(2, n=1)).state_dict()
-    for key, value in state.items():
-        if value.shape != DAMAGE[damage](value).shape and "_mean.weight" not in key:
-            refused(stored(folder, state | {key: DAMAGE[damage](value)}, "reshaped.pt"))
-
-
-# -------------------------------------------------------------------------------- other architectures, by spandrel
-class InPlace(torch.nn.Module):
-    """×2 by repetition; like spandrel's RCAN, it scribbles on its input."""
-
-    def forward(self, x):
-        self.seen = x.clone()
-        x *= 255
-        return F.interpolate(x, scale_factor=2) / 255
-
-
-@pytest.mark.parametrize("h, w, padded", [(8, 12, (8, 12)), (1, 1, (8, 8)), (9, 15, (12, 16)), (6, 20, (8, 20))])
-def test_a_foreign_network_pads_crops_and_spares_its_input(h, w, padded):
-    needs = types.SimpleNamespace(multiple_of=4, minimum=8)
-    descriptor = types.SimpleNamespace(model=InPlace(), scale=2, architecture=types.SimpleNamespace(name="X"),
-                                       size_requirements=needs)
-    model, x = models.Foreign(descriptor), picture(2, 3, h, w)
-    y = run(model, x)
-    assert torch.equal(x, picture(2, 3, h, w))
-    assert (y - F.interpolate(x, scale_factor=2)).abs().max() < 1e-6
-    mirrored = np.pad(x.numpy(), ((0, 0), (0, 0), (0, padded[0] - h), (0, padded[1] - w)), mode="reflect")
-    assert np.array_equal(model.model.seen.numpy(), mirrored)  # as spandrel pads
-    assert model.scale == 2 and model.config["arch"] == "X" and model.taps == []
-
-
-@pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])
-def test_a_spandrel_that_cannot_be_imported(tmp_path, monkeypatch, error):
-    """A torchvision that does not match torch makes spandrel's import raise RuntimeError."""
-    (tmp_path / "spandrel.py").write_text(f"raise {error}('operator torchvision::nms does not exist')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "spandrel", raising=False)
-    refused(stored(tmp_path, {"odd.weight": torch.zeros(2)}), "odd.weight", "spandrel")
-
-
-def span():
-    spandrel = pytest.importorskip("spandrel.architectures.SPAN")
-    return spandrel.SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2).eval()
-
-
-def hat():  # has all of SwinIR's names, and more
-    spandrel = pytest.importorskip("spandrel.architectures.HAT")
-    return spandrel.HAT(embed_dim=36, depths=(2, 2), num_heads=(2, 2), window_size=8, upscale=2, img_size=16,
-                        upsampler="pixelshuffle", compress_ratio=3, squeeze_factor=9).eval()
-
-
-def safmn():  # takes multiples of eight
-    return pytest.importorskip("spandrel.architectures.SAFMN").SAFMN(dim=8, n_blocks=2, upscaling_factor=2).eval()
-
-
-def esrgan():  # all its keys begin with "model.": no prefix to remove
-    spandrel = pytest.importorskip("spandrel.architectures.ESRGAN.__arch.RRDB")
-    return spandrel.RRDBNet(in_nc=3, out_nc=3, num_filters=8, num_blocks=1, scale=2).eval()
-
-
-@pytest.mark.parametrize("make", [span, hat, safmn, esrgan])
-@pytest.mark.filterwarnings("ignore")
-def test_other_architectures_load_through_spandrel(tmp_path, make):
-    net = make()
-    path = stored(tmp_path, {"params": net.state_dict()})
-    model = models.load(path)
-    assert isinstance(model, models.Foreign) and model.scale == 2 and not model.training
-    x = picture(1, 3, 16, 24)
-    assert (run(model, x) - run(net, x.clone())).abs().max() < 1e-5
-    x = picture(1, 3, 19, 26)  # spandrel pads and clips
-    theirs = pytest.importorskip("spandrel").ModelLoader(device="cpu").load_from_file(path)
-    assert (run(model, x).clamp(0, 1) - theirs(x.clone())).abs().max() < 1e-5
-    assert run(model, picture(2, 3, 5, 9)).shape == (2, 3, 10, 18)
-
-
-@pytest.mark.parametrize("head", ["pixelshuffle", "pixelshuffledirect"])
-@pytest.mark.filterwarnings("ignore")
-def test_spandrel_reads_our_swinir(tmp_path, head):
+def test_spandrel_reads_our_files(tmp_path, kind):
     spandrel = pytest.importorskip("spandrel")
-    model, x = swinir(0.1, head=head), picture(1, 3, 19, 26)
-    models.save(tmp_path / "net.pt", model)
-    descriptor = spandrel.ModelLoader(device="cpu").load_from_file(tmp_path / "net.pt").eval()
-    assert descriptor.scale == 2 and (run(descriptor.model, x) - run(model, x)).abs().max() < 1e-5
+    net = make(kind, **({"res_scale": 1.0} if kind == "edsr" else {}))
+    models.save(tmp_path / "net.pt", net)
+    found = spandrel.ModelLoader(device="cpu").load_from_file(tmp_path / "net.pt").eval()
+    same(lambda x: found.model(x.clone()), net, (1, 3, 16, 24), 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_export_takes_any_size():
+    pytest.importorskip("onnxscript")
+    onnx, free = pytest.importorskip("onnx.reference"), torch.export.Dim.DYNAMIC
+    net, sizes = make("lightweight"), {2: free, 3: free}
+    program = torch.onnx.export(net, (picture(1, 3, 8, 10),), dynamo=True, dynamic_shapes=(sizes,))
+    evaluator = onnx.ReferenceEvaluator(program.model_proto)
+    same(lambda x: torch.tensor(evaluator.run(None, {"x": x.numpy()})[0]), net, (1, 3, 6, 11))
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+def test_missing_folder_empty_and_truncated_files(tmp_path):
+    refused(tmp_path / "nowhere.pt", "No such file")
+    refused(tmp_path, "Is a directory")
+    whole = stored(tmp_path, make("edsr").state_dict()).read_bytes()
+    for content in (b"", b"PK\3\4", b"a text\n", whole[:1000], whole[:-1000], whole[:-1]):
+        (tmp_path / "net.pt").write_bytes(content)
+        refused(tmp_path / "net.pt", "empty, truncated or damaged")
+
+
+def test_one_flipped_bit_is_refused(tmp_path):
+    """Every bit that is read is checked. Other bits of a zip file mean nothing: padding, dates."""
+    net, path = models.build("edsr_c2b1", 2), tmp_path / "net.pt"
+    models.save(path, net)
+    whole, rng, refusals = path.read_bytes(), np.random.RandomState(0), 0
+    for place in rng.randint(0, len(whole), 300):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.randint(8)
+        path.write_bytes(damaged)
+        try:
+            again = models.load(path)
+        except models.CheckpointError:
+            refusals += 1
+        else:
+            assert again.config == net.config
+            assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
+    assert refusals > 150
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_not_run(tmp_path, zipped):
+    sprung = tmp_path / "sprung"
+    trap = type("Trap", (), {"__reduce__": lambda self: (open, (str(sprung), "w"))})()
+    content = {"params": make("edsr").state_dict(), "note": trap}
+    path = stored(tmp_path, content, _use_new_zipfile_serialization=zipped)
+    refused(path, "wants to run code", "open")
+    assert not sprung.exists()
+    torch.load(path, weights_only=False)  # the trap was live
+    assert sprung.exists()
+
+
+@pytest.mark.parametrize("content, words", [
+    ([1, 2], "list"), ({"epoch": 3}, "epoch"), ({"params": {}}, "no weights"),
+    ({"fc.weight": torch.zeros(4, 4)}, "conv_first.weight"), ({"head.0.weight": torch.zeros(())}, "fits no"),
+    ({"conv_first.weight": torch.zeros(4, 3, 3, 3), "upsample.0.weight": torch.zeros(())}, "fits no")])
+def test_content_that_is_no_network(tmp_path, content, words):
+    refused(stored(tmp_path, content), words)
+
+
+@pytest.mark.parametrize("kind, key", [("edsr", "body.1.conv2.bias"), ("rcan", "body.1.conv.weight"),
+                                       ("swinir", "patch_embed.norm.bias"), ("lightweight", "norm.weight")])
+def test_weights_that_do_not_fit_are_named(tmp_path, kind, key):
+    state = make(kind).state_dict()
+    refused(stored(tmp_path, {k: v for k, v in state.items() if k != key}), key, "Missing")
+    refused(stored(tmp_path, state | {"more": state[key]}), "more", "Unexpected")
+    refused(stored(tmp_path, state | {key: torch.zeros(5, 3)}), key, "5, 3")
+    refused(stored(tmp_path, state | {key: state[key] * torch.inf}), key, "NaN or infinity")
+
+
+@pytest.mark.parametrize("step", ["write", "fsync"])
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, step):
+    path = tmp_path / "net.pt"
+    models.save(path, make("edsr"))
+    whole = path.read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    if step == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        disk = type("FullDisk", (io.FileIO,), {"write": full})
+        monkeypatch.setattr(models, "open", disk, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        models.save(path, make("edsr", seed=1))
+    assert path.read_bytes() == whole and os.listdir(tmp_path) == ["net.pt"]
+
+
+def test_replacing_shows_the_new_file_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with models.replacing(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
