@@ -215,7 +215,8 @@ def train(c, command=""):
         validating = run.step % run.val_every == 0 or run.step == run.c.steps
         if validating or run.step % run.log_every == 0:
             loss = run.log(validating)
-            bar.set_postfix_str(f"loss {loss:.4f}, {run.psnr:.2f} dB (bicubic {run.bicubic:.2f})", False)
+            psnr = f"{run.psnr:.2f}" if run.psnr > 0 else "?"  # not validated yet
+            bar.set_postfix_str(f"loss {loss:.4f}, {psnr} dB (bicubic {run.bicubic:.2f})", False)
         if validating:
             run.save()
         bar.update()
