@@ -1,7 +1,7 @@
-"""Data Upcycling Knowledge Distillation (DUKD, arXiv 2309.14162): the method, and the losses it is compared with.
+"""Data Upcycling Knowledge Distillation (DUKD, arXiv 2309.14162), and the losses it is compared with.
 
-A student f_S learns from a frozen teacher f_T. Beside the training pairs (I_LR, I_HR) it sees new inputs z, which
-are made out of these pairs and which the teacher labels:
+A student f_S learns from a frozen teacher f_T. Beside the training pairs (I_LR, I_HR), it sees new inputs z
+that are made out of these pairs. The teacher labels them:
 
     zoom in    z = a random crop of I_HR, of the LR patch's size
     zoom out   z = I_LR bicubically reduced by s again
@@ -9,11 +9,11 @@ are made out of these pairs and which the teacher labels:
 An invertible augmentation F goes into the student only, and F⁻¹ onto its output (label consistency):
 
     L = λ_rec·|f_S(I_LR) − I_HR| + λ_kd·|f_S(I_LR) − f_T(I_LR)|
-      + λ_dukd·|F⁻¹(f_S(F(z))) − f_T(z)|          for each z
-      + λ_rec·|f_S(z) − I_LR|                     for z of zoom-out: in the authors' released code, not in the paper
+      + λ_dukd·|F⁻¹(f_S(F(z))) − f_T(z)|     for each z
+      + λ_rec·|f_S(z) − I_LR|                for z of zoom-out; in the released code, not in the paper
 
-Shapes: N samples, C = 3 colours, h×w the LR patch, s the scale. Pictures are floats in [0,1]. |·| is the mean absolute
-error. The file needs torch only. Copy it, or one function of it.
+Shapes: N samples, C = 3 colours, h×w the LR patch, s the scale. Pictures are floats in [0,1]. |·| is the mean
+absolute error. The file needs torch only. Copy it, or one function of it.
 """
 import contextlib
 import math
@@ -31,7 +31,8 @@ def zoom_in(hr, size, generator=None):
     h, w = (size, size) if isinstance(size, int) else size
     if h > H or w > W:
         raise ValueError(f"zoom_in: a crop of {h}x{w} does not fit into patches of {H}x{W}")
-    top, left = (torch.randint(room, (n, 1), generator=generator, device=hr.device) for room in (H - h + 1, W - w + 1))
+    top = torch.randint(H - h + 1, (n, 1), generator=generator, device=hr.device)
+    left = torch.randint(W - w + 1, (n, 1), generator=generator, device=hr.device)
     rows = top + torch.arange(h, device=hr.device)  # (N,h)
     cols = left + torch.arange(w, device=hr.device)  # (N,w)
     sample = torch.arange(n, device=hr.device)[:, None, None]
@@ -50,16 +51,17 @@ def zoom_out(lr, scale):
 
 def bicubic_resize(x, factor, dims=(-2, -1)):
     """MATLAB's `imresize(x, factor, 'bicubic')` of float pictures along `dims`, one after the other.
-    The cubic kernel (a = −1/2) is stretched by 1/factor when reducing, against aliasing. Output sample x, counted from 1,
-    lies at u = x/factor + ½(1 − 1/factor). Edges repeat symmetrically. n samples become ⌈n·factor⌉.
-    Neither rounds nor clips. Differentiable. Adds up tap by tap as MATLAB does, so that float64 rounds alike."""
+    When reducing, the cubic kernel (a = −1/2) is stretched by 1/factor, against aliasing. Output sample x, with x
+    counted from 1, lies at u = x/factor + ½(1 − 1/factor). Edges repeat symmetrically. n samples become ⌈n·factor⌉.
+    Taps are added in MATLAB's order, so float64 rounds alike. Differentiable; no rounding, no clipping."""
     stretch = min(factor, 1.0)
     width = 4 / stretch
     for dim in dims:
         n = x.shape[dim]
         m = math.ceil(n * factor - 1e-9)  # 3·(1/3) must not round up
         u = torch.arange(1, m + 1, dtype=torch.float64, device=x.device) / factor + 0.5 * (1 - 1 / factor)
-        tap = torch.floor(u - width / 2)[:, None] + torch.arange(math.ceil(width) + 2, device=x.device)  # (m,taps)
+        taps = torch.arange(math.ceil(width) + 2, device=x.device)
+        tap = torch.floor(u - width / 2)[:, None] + taps  # (m,taps)
         d = ((u[:, None] - tap) * stretch).abs()
         near, far = 1.5 * d ** 3 - 2.5 * d ** 2 + 1, -0.5 * d ** 3 + 2.5 * d ** 2 - 4 * d + 2
         weights = torch.where(d <= 1, near, torch.where(d <= 2, far, 0.0))
@@ -73,9 +75,9 @@ def bicubic_resize(x, factor, dims=(-2, -1)):
 
 # --------------------------------------------------------------------------------------------- augmentation
 class InvertibleAugmentation:
-    """F and F⁻¹: each sample has its own subset of horizontal flip, vertical flip, transpose and colour inversion.
-    With the flips, transposing reaches all rotations by 90°. F applies its operations in the order of `ops`, F⁻¹ in the
-    reverse order. The order matters: a flip and a transposition do not commute."""
+    """F and F⁻¹: for each sample a subset of horizontal flip, vertical flip, transpose, colour inversion.
+    With the flips, transposing reaches all rotations by 90°. F applies its operations in the order of `ops`,
+    F⁻¹ in the reverse order. The order matters: a flip and a transposition do not commute."""
 
     OPERATIONS = ("hflip", "vflip", "transpose", "invert")
 
@@ -85,7 +87,7 @@ class InvertibleAugmentation:
 
     @classmethod
     def sample(cls, n, ops=OPERATIONS, p=0.3, generator=None, device=None):
-        """Draws for each of n samples, and each operation independently, whether it is applied: with probability p.
+        """Draws, for each of n samples, each operation independently with probability p.
         ValueError for an unknown operation, for one that is named twice, and for p outside [0,1]."""
         if unknown := [op for op in ops if op not in cls.OPERATIONS]:
             raise ValueError(f"unknown operation '{unknown[0]}'; known: {', '.join(cls.OPERATIONS)}")
@@ -109,7 +111,7 @@ class InvertibleAugmentation:
         return x
 
     def invert(self, y):
-        """F⁻¹(y) undoes F: exactly for the geometry, to rounding for colours. y (n,C,·,·) may have another size than x."""
+        """F⁻¹(y), y (n,C,·,·) of any size: undoes F exactly, but for the rounding of colours."""
         for op, mask in reversed([*zip(self.ops, self.masks)]):
             y = self._where(mask, op, y)  # each operation is its own inverse
         return y
@@ -126,14 +128,14 @@ class InvertibleAugmentation:
 # --------------------------------------------------------------------------------------------------- losses
 def dukd_loss(student_z, teacher_z, augmentation=None):
     """One upcycled input's part of L_dukd: |F⁻¹(f_S(F(z))) − f_T(z)|, a scalar.
-    student_z: f_S(F(z)) (N,C,s·h,s·w), carries the gradient. teacher_z: f_T(z), of the z before F; never carries one.
-    augmentation: the F that z went through, or None."""
+    student_z: f_S(F(z)) (N,C,s·h,s·w), carries the gradient. teacher_z: f_T(z), of z before F, carries none.
+    augmentation: the F that z passed through, or None."""
     label = student_z if augmentation is None else augmentation.invert(student_z)
     return nnf.l1_loss(label, teacher_z.detach())
 
 
-# The feature losses take the student's and the teacher's feature map of one tap, (N,c_S,h,w) and (N,c_T,h,w). The
-# widths may differ. The student's map carries the gradient, the teacher's never does.
+# The feature losses take the student's feature map (N,c_S,h,w) and the teacher's (N,c_T,h,w). The widths may
+# differ. The student's map carries the gradient, the teacher's carries none.
 def fitnet_loss(student, teacher):
     """FitNet (Romero et al., ICLR 2015): |g_S − g_T| of the channel means g (N,h,w)."""
     return nnf.l1_loss(student.float().mean(1), teacher.detach().float().mean(1))
@@ -141,7 +143,7 @@ def fitnet_loss(student, teacher):
 
 def at_loss(student, teacher):
     """Attention transfer (Zagoruyko & Komodakis, ICLR 2017): ‖q_S − q_T‖², averaged over the samples.
-    q (N,h·w) is the attention map Σ_c f_c², L2-normalised. The square is summed over positions, not averaged."""
+    q (N,h·w) is the attention map Σ_c f_c², L2-normalised. The square is summed over positions."""
     def attention(f):
         return nnf.normalize(f.float().square().sum(1).flatten(1), dim=1)
     return (attention(student) - attention(teacher.detach())).square().sum(1).mean()
@@ -149,7 +151,7 @@ def at_loss(student, teacher):
 
 def fakd_loss(student, teacher):
     """FAKD (He et al., ICIP 2020): |A_S − A_T| of the spatial affinities A (N,h·w,h·w).
-    A holds the cosine similarity of the feature vectors at each two positions: 340 MB a map at 48×48, batch 16."""
+    A holds the cosine similarity of the feature vectors at two positions: 340 MB for 16 maps of 48×48."""
     def affinity(f):
         f = nnf.normalize(f.float().flatten(2), dim=1)
         return f.transpose(1, 2) @ f
@@ -170,15 +172,16 @@ def together(net, *inputs):
 
 @contextlib.contextmanager
 def tapped(model, names):
-    """Catches what named submodules return at their first call: `with tapped(model, names) as features: model(x)`.
-    Yields {name: feature map}, filled by the forward. AttributeError for a name that the model lacks."""
+    """Catches what named submodules return when first called: `with tapped(model, names) as f: model(x)`.
+    Yields {name: feature map}, which the forward fills. AttributeError for a name that the model lacks."""
     features = {}
 
     def catch(name):
         def hook(module, inputs, output):
             features.setdefault(name, output)
         return hook
-    handles = [model.get_submodule(name).register_forward_hook(catch(name)) for name in names]
+    modules = [model.get_submodule(name) for name in names]
+    handles = [module.register_forward_hook(catch(name)) for module, name in zip(modules, names)]
     try:
         yield features
     finally:

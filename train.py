@@ -152,9 +152,9 @@ def losses(student, teacher, batch, c):
     if c.zoom_out_rec:  # in the released code, not in the paper: I_LR is the ground truth of z
         terms["zoom_out_rec"] = c.lambda_rec * dukd_loss(s_out, lr, F_out)
     if c.lambda_feature:  # of I_LR alone: F has moved the features of z
-        distance = FEATURE_LOSSES[c.feature]
-        pairs = zip(s_features.values(), t_features.values())
-        terms["feature"] = c.lambda_feature * sum(distance(s[:len(lr)], t[:len(lr)]) for s, t in pairs)
+        distance, n = FEATURE_LOSSES[c.feature], len(lr)
+        pairs = [(s_features[s][:n], t_features[t][:n]) for s, t in zip(s_taps, t_taps)]
+        terms["feature"] = c.lambda_feature * sum(distance(s, t) for s, t in pairs)
     return terms
 
 
@@ -306,8 +306,8 @@ class Run:
         terms, self.terms = torch.stack(self.terms).cpu(), []
         for row, term in (~terms.isfinite()).nonzero().tolist():
             name, step = [*term_weights(self.c), "total"][term], self.step - len(terms) + 1 + row
-            raise ConfigError(f"the term {name} is {terms[row, term]} at step {step}; {self.out} keeps the last "
-                              "good state. A lower --lr or --precision float32 may help")
+            raise ConfigError(f"the term {name} is {terms[row, term]} at step {step}; {self.out} keeps the "
+                              "last good state. A lower --lr or --precision float32 may help")
         if self.rank == 0:
             if validating:
                 self.psnr = self.score(self.ema, "student")

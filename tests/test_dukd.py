@@ -248,12 +248,12 @@ def test_mistakes_are_named(message, function, arguments):
 
 # ---------------------------------------------------------------------------------------------- losses
 def test_dukd_loss_by_hand():
-    """F⁻¹ first inverts the colours, 1 − y, and then transposes: the label is [[0, 0.5], [0.5, 1]]."""
-    teacher = torch.tensor([[[[0.0, 0.25], [0.5, 1.0]]]])
-    student = torch.tensor([[[[1.0, 0.5], [0.5, 0.0]]]])
-    F = InvertibleAugmentation(("transpose", "invert"), torch.tensor([[True], [True]]))
+    """F⁻¹ inverts, transposes, flips: [[0, 1], [.5, .25]], [[0, .5], [1, .25]], [[.5, 0], [.25, 1]]."""
+    student = torch.tensor([[[[1.0, 0.0], [0.5, 0.75]]]])
+    teacher = torch.tensor([[[[0.5, 0.25], [0.25, 1.0]]]])
+    F = InvertibleAugmentation(("hflip", "transpose", "invert"), torch.tensor([[True]] * 3))
     assert dukd.dukd_loss(student, teacher, F).item() == 0.25 / 4
-    assert dukd.dukd_loss(student, teacher).item() == (1 + 0.25 + 0 + 1) / 4
+    assert dukd.dukd_loss(student, teacher).item() == (0.5 + 0.25 + 0.25 + 0.25) / 4
 
 
 def test_fitnet_by_hand():
