@@ -328,7 +328,7 @@ def build(name, scale):
 
 
 def small(teacher):
-    """The config of "small": the paper's student or, for a teacher no larger, the teacher at half its width."""
+    """The config of "small": the paper's student or, if that is no smaller, the teacher at half width."""
     config = teacher.config
     if config["arch"] not in PAPER_STUDENTS:
         raise CheckpointError(f"'small' is not defined for a teacher of {config['arch']}. Name a student.")
@@ -396,7 +396,7 @@ def read_file(path):
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path)
-        if zipfile.is_zipfile(path):  # torch.load checks no checksum, and reads noise from parts marked as folders
+        if zipfile.is_zipfile(path):  # torch.load ignores checksums and reads noise from a part marked folder
             archive = zipfile.ZipFile(path)
             if archive.testzip() or any(part.external_attr & 16 for part in archive.infolist()):
                 raise zipfile.BadZipFile
@@ -524,7 +524,7 @@ def load(path, **override):
             network = Foreign(ModelLoader(device="cpu").load_from_state_dict(original)).float()
         if override or network is None:
             reason = textwrap.shorten(f"{e} is missing" if isinstance(e, KeyError) else str(e), 300)
-            raise CheckpointError(f"{path} fits no EDSR, RCAN or SwinIR (spandrel has more): {reason}") from None
+            raise CheckpointError(f"{path} is no EDSR, RCAN, SwinIR (spandrel has more). {reason}") from None
     if broken := [k for k, v in network.named_parameters() if not v.isfinite().all()]:
         raise CheckpointError(f"{path}: {broken[0]} holds NaN or infinity")
     return network.eval()
