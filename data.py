@@ -90,7 +90,7 @@ def embedded_train():
 
 def embedded_val():
     """The paths of scikit-image's photographs to validate on."""
-    return find_images(PHOTOGRAPHS / name for name in ["chelsea.png", "coffee.png", "coins.png"])
+    return find_images(PHOTOGRAPHS / name for name in ["coffee.png", "chelsea.png", "coins.png"])
 
 
 # ---------------------------------------------------------------------------------------------- LR/HR pairs

@@ -70,7 +70,7 @@ class Config:
     teacher: str = option("", "checkpoint of the frozen teacher f_T, of any known format", metavar="FILE")
     student: str = option("small", f"the student f_S: small (the paper's), {models.NAMES_HELP}")
     method: str = option("dukd", "the defaults of the losses", choices=[*METHODS])
-    scale: int = option(None, "s (the teacher's, else 4)", choices=models.SCALES)
+    scale: int = option(None, "s (the teacher's, else 4)", choices=models.SCALES, type=int)
     data: list = option((), "folders of HR training images (scikit-image's photographs)", metavar="DIR")
     lr_data: list = option((), "folders of their LR images (made): 0001x4.png for 0001.png", metavar="DIR")
     val: list = option((), "folders of held-out HR images (a tenth of --data, 1 to 10)", metavar="DIR")
@@ -205,8 +205,11 @@ def train(c, command=""):
     start(run, command)
     accelerate(run)
     stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # the step ends first; a second signal ends the program
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    def finish_step(number, frame):  # a second signal ends the program
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    handlers = {number: signal.signal(number, finish_step) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=run.c.steps, initial=run.step, disable=run.rank > 0, ncols=80, mininterval=0.5,
                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
     while run.step < run.c.steps and not agreed(stop, run):
@@ -221,7 +224,9 @@ def train(c, command=""):
             run.save()
         bar.update()
     bar.close()
-    finish(run, stop)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    finish(run)
     if run.world > 1:
         dist.destroy_process_group()
     if stop:
@@ -322,6 +327,8 @@ class Run:
         """Writes student.pt, best.pt where it is the best, and then last.ckpt, all that --resume needs."""
         if self.rank > 0:
             return
+        if not all(w.isfinite().all() for w in self.weights):
+            raise ConfigError(f"the weights are not finite at step {self.step}; {self.out} keeps the last good state")
         raw = self.student.state_dict()
         models.save(self.out / "student.pt", self.ema, raw)
         if self.psnr > self.best:
@@ -400,7 +407,7 @@ def build_student(c, teacher):
     """The student by name. With --init, it takes every tensor of that file that fits in name and shape."""
     config = models.small(teacher) if c.student == "small" else models.parse(c.student, c.scale)
     student = models.from_config(config)
-    if c.init and not c.resume:
+    if c.init and not Path(c.out, "last.ckpt").exists():
         own, given = student.state_dict(), models.load(c.init).state_dict()
         fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
         if lacking := [k for k in own if k not in fitting and not k.startswith("upsample")]:
@@ -461,7 +468,7 @@ def start(run, command):
           f"L = {' + '.join(terms)}", flush=True)
 
 
-def finish(run, stop):
+def finish(run):
     """The last lines: how good the student is and where, or how to go on."""
     if run.rank > 0:
         return
@@ -470,8 +477,11 @@ def finish(run, stop):
         print(f"stopped after step {run.step} of {run.c.steps}; go on with: "
               f"python train.py --resume --out {shlex.quote(run.c.out)}")
     else:
-        if "student" in run.pictures:
-            evaluate.write_picture(run.out / "compare.png", evaluate.figure(run.pictures, run.c.scale))
+        if "student" not in run.pictures:  # resumed after the last step
+            run.score(run.ema, "student")
+        names = [name for name in ("HR", "bicubic", "student", "teacher") if name in run.pictures]
+        pictures = {name: run.pictures[name] for name in names}
+        evaluate.write_picture(run.out / "compare.png", evaluate.figure(pictures, run.c.scale))
         print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
         print(f"in {run.out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
 

@@ -206,7 +206,7 @@ def test_the_embedded_photographs(monkeypatch, tmp_path):
     assert len(train) == 10 and len(held_out) == 3 and not set(train) & set(held_out)
     assert all(min(data.read_image(path).shape[:2]) >= 48 * 4 for path in train + held_out)
     monkeypatch.setattr(data, "PHOTOGRAPHS", tmp_path)
-    refused(data.embedded_val, "chelsea.png does not exist")
+    refused(data.embedded_val, "coffee.png does not exist")
 
 
 # ---------------------------------------------------------------------------------------------- pairs

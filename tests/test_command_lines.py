@@ -1,0 +1,162 @@
+"""The command lines: a mistake ends with exit code 2 and one line that names it. It leaves no file behind."""
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import models
+import train
+from samples import cut, noise, save
+
+ROOT = Path(__file__).resolve().parent.parent
+NEW = "--teacher x2.pt --student edsr_c2b1 --batch 1 --patch 8 --steps 1 --device cpu --out new"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with good and bad checkpoints, folders of pictures and run folders."""
+    base = tmp_path_factory.mktemp("place")
+    torch.manual_seed(0)
+    for scale in (2, 4):
+        models.save(base / f"x{scale}.pt", models.build("edsr_c4b2", scale))
+    (base / "damaged.pt").write_bytes((base / "x2.pt").read_bytes()[:-999])
+    torch.save({"fc.weight": torch.zeros(2, 2)}, base / "other.pt")
+    (base / "file.txt").write_text("text")
+    folders = dict(train=4, val=1, one=1, small=1, lr=4, cut=2, empty=0)
+    sizes = dict(small=(12, 12), lr=(16, 17))
+    for folder, count in folders.items():
+        (base / folder).mkdir()
+        for i in range(count):
+            save(noise(*sizes.get(folder, (32, 36)), 3, seed=i), base / folder / f"im{i}.png")
+    cut(base / "cut" / "im1.png", 0.6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(base)
+        train.main([*NEW.split(), "--data", "train", "--val", "val", "--out", "run"])
+    shutil.copytree(base / "run", base / "broken")
+    (base / "broken" / "last.ckpt").write_bytes((base / "run" / "last.ckpt").read_bytes()[:999])
+    return base
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def refused(main, words, place, monkeypatch, capfd):
+    """The line with which a command in the folder `place` ends."""
+    monkeypatch.chdir(place)
+    before = snapshot(place)
+    with pytest.raises(SystemExit) as end:
+        main(words.split())
+    errors = re.split(r"[\r\n]+", capfd.readouterr().err)
+    lines = [line for line in errors if line.strip() and "%|" not in line]  # without progress bars
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert snapshot(place) == before
+    return lines[0]
+
+
+@pytest.mark.parametrize("words, named", [
+    ("--teacher nowhere.pt", "nowhere.pt"),
+    ("--teacher empty", "empty"),
+    ("--teacher file.txt", "file.txt is no checkpoint"),
+    ("--teacher damaged.pt", "damaged.pt is no checkpoint"),
+    ("--teacher other.pt", "other.pt"),
+    ("--scale 4", "x2.pt is no x4 network"),
+    ("--scale 5", "--scale"),
+    ("--init nowhere.pt", "nowhere.pt"),
+    ("--init x2.pt", "--init x2.pt does not fit the student"),
+    ("--student edsr_basline", "Did you mean edsr_baseline?"),
+    ("--data nowhere", "nowhere does not exist"),
+    ("--data empty", "empty has no images"),
+    ("--data .", ". has no images"),
+    ("--data file.txt --val val", "file.txt is not a readable image"),
+    ("--data cut --val val", "cut/im1.png is not a readable image"),
+    ("--data one", "one has one image"),
+    ("--data train --val empty", "empty has no images"),
+    ("--data train --val small", "small/im0.png is 12x12"),
+    ("--data train --val val --patch 20", "train/im0.png is 36x32"),
+    ("--data train --val val --lr-data nowhere", "nowhere does not exist"),
+    ("--data train --val val --lr-data lr", "lr/im0.png is 17x16, but train/im0.png is 36x32"),
+    ("--data train --val val --lr-data one", "train/im1.png has no LR image"),
+    ("--patch 9", "zoom-out needs a --patch of a multiple of 2"),
+    ("--ops hflip hflip", "--ops names an operation twice"),
+    ("--ops hflip transpse", "transpse"),
+    ("--consistency zoom_in --no-zoom-in", "needs zoom-in"),
+    ("--consistency both --no-zoom-out", "needs zoom-out"),
+    ("--method kd --crops 2", "--crops would have no effect"),
+    ("--lambda-rec 0 --lambda-kd 0 --lambda-dukd 0", "nothing to learn from"),
+    ("--method dukdd", "dukdd"),
+    ("--stpes 3", "did you mean --steps?"),
+    *((f"--{name} {value}", f"--{name}") for name, value in [
+        ("steps", 0), ("steps", "many"), ("steps", "1e9"), ("batch", 0), ("crops", 0), ("val-every", 0),
+        ("lr", "nan"), ("lr", 2), ("ema", 1), ("p", 1.5), ("lambda-kd", -1), ("lambda-rec", "inf")]),
+    ("--device abacus", "--device abacus"),
+    ("--device cuda:77", "--device cuda:77"),
+    ("--device meta", "--device meta"),
+    ("--out empty", "empty exists: give --resume, or another --out"),
+    ("--out file.txt/new --data train --val val", "file.txt/new cannot be read or written: Not a directory")])
+def test_wrong_words_for_a_new_run(place, monkeypatch, capfd, words, named):
+    assert named in refused(train.main, f"{NEW} {words}", place, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("words, named", [
+    ("--student edsr_c2b1", "--method dukd needs a --teacher"),
+    ("--method scratch", "--student small needs a --teacher"),
+    ("--resume", "is no run to resume"),
+    ("--resume --out nowhere", "--out nowhere is no run to resume"),
+    ("--resume --out empty", "--out empty is no run to resume"),
+    ("--resume --out run --batch 2", "--batch 2 contradicts the run in run (1)"),
+    ("--resume --out run --steps 5", "--init run/student.pt"),
+    ("--resume --out broken", "broken/last.ckpt is no checkpoint")])
+def test_wrong_words_without_a_teacher_and_for_an_old_run(place, monkeypatch, capfd, words, named):
+    steps = "" if "--resume" in words else "--steps 1"
+    assert named in refused(train.main, f"{words} {steps}", place, monkeypatch, capfd)
+
+
+def test_a_finished_run_may_be_resumed_and_stays_as_it_is(place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    train.main("--resume --out run --device cpu --val-every 3".split())
+    assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+    assert "resumed after step 1 of 1" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("words, named", [
+    ("", "name models"),
+    ("x2.pt", "--data"),
+    ("nowhere.pt --data val", "nowhere.pt"),
+    ("damaged.pt --data val", "damaged.pt is no checkpoint"),
+    ("x2.pt x4.pt --data val", "x4.pt is a x4 network, but x2 is wanted"),
+    ("bicubic --data val", "give --scale"),
+    ("x2.pt --data val --scale 5", "--scale"),
+    ("x2.pt --data val --devise cpu", "did you mean --device?"),
+    ("x2.pt --data val --device cuda:77", "--device cuda:77"),
+    ("x2.pt --data val --tile nan", "--tile"),
+    ("x2.pt --data nowhere", "nowhere does not exist"),
+    ("x2.pt --data empty", "empty has no images"),
+    ("x2.pt --data small", "small/im0.png"),
+    ("x2.pt --data cut", "cut/im1.png is not a readable image"),
+    ("x2.pt --data val --json empty", "empty cannot be read or written"),
+    ("x2.pt --data val --figure new.png --image in0", "did you mean im0?"),
+    ("--sr empty --data val --scale 2", "empty"),
+    ("--sr lr --data val --scale 2", "lr/im0.png"),
+    ("x2.pt --json new.json --bench 1", "--json"),
+    ("x2.pt --bench 0", "--bench"),
+    ("x2.pt --input val", "--output is missing"),
+    ("x2.pt bicubic --input val --output new", "--input takes one model"),
+    ("x2.pt --input nowhere --output new", "nowhere does not exist"),
+    ("x2.pt --input file.txt --output new.png", "file.txt is not a readable image"),
+    ("x2.pt --input val/im0.png --output train/im0.png", "train/im0.png exists already")])
+def test_wrong_words_for_evaluate(place, monkeypatch, capfd, words, named):
+    assert named in refused(evaluate.main, words, place, monkeypatch, capfd)
+
+
+def test_the_script_itself_ends_with_one_line_and_exit_code_2(tmp_path):
+    words = [sys.executable, ROOT / "train.py", "--dvice", "cpu"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout and not any(tmp_path.iterdir())
+    assert re.fullmatch(r"error: .*did you mean --device\?\n", done.stderr), done.stderr
