@@ -79,8 +79,8 @@ def to_uint8(x):
 @torch.no_grad()
 def upscale(model, x, tile=0):
     """f(x) for pictures x (N,3,h,w) in [0,1] of any size: (N,3,s·h,s·w).
-    A picture larger than `tile` LR pixels is a weighted sum of tiles (0: never). For EDSR of up to 46 blocks it
-    equals f of the whole picture. RCAN and SwinIR see farther, so their tiles fade into each other."""
+    A picture larger than `tile` LR pixels is a weighted sum of tiles (0: never). For EDSR of up to 46 blocks
+    it equals f of the whole picture. RCAN and SwinIR see farther, so their tiles fade into each other."""
     (h, w), s = x.shape[-2:], model.scale
     if tile <= 0 or max(h, w) <= tile:
         return model(x)
@@ -93,7 +93,7 @@ def upscale(model, x, tile=0):
 
 
 def tiles_along(n, tile, model):
-    """Yields (start, end, weights) of the tiles along n LR pixels. A tile reads [start, end): core and margin.
+    """Yields (start, end, weights) of each tile along n LR pixels. It reads [start, end): core and margin.
     weights (s·(end−start),): 1 in the core, 0 in the margin, divided by their sum over all tiles."""
     margin, s = min(model.receptive_radius or 32, 96), model.scale
     fade = 0 if margin == model.receptive_radius else 16  # LR pixels on each side of a line between cores
@@ -108,7 +108,7 @@ def tiles_along(n, tile, model):
 
 
 def self_ensemble(f, x):
-    """The mean of f over the eight flips and transpositions, each undone (the "+" of EDSR+, RCAN+, SwinIR+)."""
+    """The mean of f over the eight flips and transpositions, each undone (the "+" of EDSR+ and RCAN+)."""
     both = lambda y: f(y) + f(y.mT).mT  # as it is, and transposed
     return sum(both(x.flip(dims)).flip(dims) for dims in ((), (-1,), (-2,), (-1, -2))) / 8
 
@@ -126,7 +126,7 @@ def enlarge(row, name, lr, options):
 
 # ---------------------------------------------------------------------------------------------- tables
 def read_result(place, name, lr, s):
-    """The picture in `place` for an HR picture baby: of babyx4, baby_x4, baby_ANY_x4, baby, baby_ANY the first."""
+    """The picture in `place` for an HR picture baby: babyx4, baby_x4, baby_ANY_x4, baby or baby_ANY."""
     forms = (name, f"{name}x{s}")
     own = [p for p in data.find_images([place]) if p.stem in forms or p.stem.startswith(f"{name}_")]
     if not own:
@@ -134,7 +134,7 @@ def read_result(place, name, lr, s):
     path = min(own, key=lambda p: (not p.stem.endswith(f"x{s}"), len(p.stem)))
     sr, expected = data.read_image(path), (s * lr.shape[0], s * lr.shape[1], 3)
     if sr.shape != expected:
-        raise data.DataError(f"{path} has the shape {sr.shape}; HR cropped to a multiple of {s} has {expected}")
+        raise data.DataError(f"{path} has the shape {sr.shape}; HR, cropped for x{s}, has {expected}")
     return sr
 
 
@@ -170,12 +170,12 @@ def evaluate(rows, options):
         print(name.ljust(width), size.rjust(7), madds.rjust(8), *cells, sep="  ")
     if options.json:
         about = provenance(options.command, options.device)
-        about |= dict(scale=s, precision=options.precision, self_ensemble=options.self_ensemble, results=results)
-        Path(options.json).write_text(json.dumps(about, indent=1))
+        about |= dict(scale=s, precision=options.precision, self_ensemble=options.self_ensemble)
+        Path(options.json).write_text(json.dumps(about | dict(results=results), indent=1))
 
 
 def pictures_of(rows, pairs, options):
-    """The pictures for a figure of --image, a name in `pairs` or an index: {"HR" and the rows' labels: picture}."""
+    """{"HR" and the rows' labels: picture} for a figure of --image, a name in `pairs` or an index."""
     choices = {str(i): name for i, name in enumerate(pairs)} | {name: name for name in pairs}
     if options.image not in choices:
         near = difflib.get_close_matches(options.image, pairs, 1, cutoff=0)[0]
@@ -198,8 +198,8 @@ def provenance(command, device):
 
 def bench(rows, options):
     """Prints a line of JSON a network: its time for one whole picture of 1280×720, the field's convention.
-    The networks take turns, so that a slow spell of the machine slows all of them. ratio: median over the first
-    network's. peak_memory_gib: of this network on a GPU, of the whole process so far on the CPU."""
+    The networks take turns, so that a slow spell of the machine slows all of them. ratio: median over the
+    first network's. peak_memory_gib: of this network on a GPU, of the whole process so far on the CPU."""
     h, w, device = 720 // options.scale, 1280 // options.scale, options.device
     x = torch.rand(1, 3, h, w).to(device, memory_format=torch.channels_last)
     times, peaks = {name: [] for name in rows}, {}
@@ -229,7 +229,7 @@ def peak_memory(device):
 
 
 def keep_freed_memory():
-    """Has glibc keep freed memory, which saves 15 % of the CPU time: the system need not clear pages again."""
+    """Has glibc keep freed memory. That saves 15 % of the CPU time: the system need not clear pages again."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap, too
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
@@ -238,8 +238,9 @@ def keep_freed_memory():
 # ---------------------------------------------------------------------------------------------- pictures
 def figure(pictures, scale):
     """The same crop of each picture side by side, each with its label and Y-PSNR: uint8 (H,W,3).
-    pictures: {label: uint8 (h,w,3)}, HR first, h and w multiples of s. The crop of 96 pixels a side lies where
-    bicubic errs most and is enlarged 3 times. Y-PSNR is the whole picture's, s pixels shaved off each edge."""
+    pictures: {label: uint8 (h,w,3)}, HR first, h and w multiples of s. The crop of 96 pixels a side lies
+    where bicubic errs most, and is enlarged 3 times. Y-PSNR is the whole picture's, without s pixels at each
+    edge."""
     hr = next(iter(pictures.values()))
     error = (luma(data.imresize(data.pair(hr, scale)[0], scale)) - luma(hr)) ** 2
     side = min(96, *hr.shape[:2])
@@ -252,8 +253,9 @@ def figure(pictures, scale):
         canvas.paste(Image.fromarray(crop), (x, 0))
         text = label if picture is hr else f"{label}\n{psnr_y(picture, hr, scale):.2f} dB"
         letters = min(24, 24 * width / ImageFont.load_default(24).getlength(label))  # a long label must fit
-        ImageDraw.Draw(canvas).text((x + width / 2, width + 4), text, "black", ImageFont.load_default(letters),
-                                    anchor="ma", align="center")
+        font = ImageFont.load_default(letters)
+        place = (x + width / 2, width + 4)
+        ImageDraw.Draw(canvas).text(place, text, "black", font, anchor="ma", align="center")
     return np.asarray(canvas)
 
 
@@ -274,10 +276,14 @@ def upscale_files(row, options):
 
 
 def write_picture(path, image):
-    """Writes uint8 (H,W,C) in the format of the path's ending. OSError if the format cannot hold it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with models.replacing(path) as file:
-        iio.imwrite(file, image.squeeze(), plugin="pillow", extension=Path(path).suffix.lower())
+    """Writes uint8 (H,W,C) in the format of the path's ending. DataError where that fails."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with models.replacing(path) as file:
+            iio.imwrite(file, image[..., 0] if image.shape[2] == 1 else image, plugin="pillow",
+                        extension=Path(path).suffix.lower())
+    except OSError as e:  # a full disk, or a format that is unknown or cannot hold the picture
+        raise data.DataError(f"{path} cannot be written: {e.strerror or e}") from None
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -295,8 +301,8 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("models", nargs="*", metavar="MODEL", help="checkpoints, and the word bicubic")
-    p.add_argument("--data", nargs="+", default=[], metavar="DIR", help="folders of HR pictures, a column each")
-    p.add_argument("--sr", nargs="+", default=[], metavar="DIR", help="folders of upscaled pictures, a row each")
+    p.add_argument("--data", nargs="+", default=[], metavar="DIR", help="folders of HR, one a column")
+    p.add_argument("--sr", nargs="+", default=[], metavar="DIR", help="folders of SR, one a row")
     p.add_argument("--scale", type=int, choices=models.SCALES, help="s, where no checkpoint tells it")
     p.add_argument("--json", metavar="FILE", help="write the table and each image's figures")
     p.add_argument("--figure", metavar="FILE", help="write crops of HR and of each row, side by side")
@@ -307,10 +313,10 @@ def parse(argv):
     p.add_argument("--self-ensemble", action="store_true", help="mean over eight flips and transpositions")
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1, … [cuda where there is one]")
     p.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="[float32]")
-    p.add_argument("--bench", nargs="?", type=int, const=10, metavar="N", help="time networks in N turns [10]")
+    p.add_argument("--bench", nargs="?", type=int, const=10, metavar="N", help="time networks, N turns [10]")
     o = p.parse_args(argv)
     if not (o.models or o.sr) or not (o.data or o.input or o.output or o.bench is not None):
-        p.error("name models and give --data to score, --input and --output to upscale, or --bench (see --help)")
+        p.error("name models, and --data to score, --input and --output to upscale, or --bench (see --help)")
     if bool(o.input) != bool(o.output):
         p.error(f"{'--output' if o.input else '--input'} is missing: pictures go from --input to --output")
     if o.input and (len(o.models) != 1 or o.sr):
@@ -323,7 +329,7 @@ def parse(argv):
 
 
 def pick_device(name=""):
-    """The device of that name. Without one: a GPU, or the CPU where there is none. DataError if it is absent."""
+    """The device of that name; without a name a GPU, or the CPU where there is none. DataError if absent."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()  # this fails also for "meta", which holds no values
@@ -334,7 +340,7 @@ def pick_device(name=""):
 
 @contextlib.contextmanager
 def errors_in_one_line(*kinds):
-    """Ends the program with one line and exit code 2 for what users can cause, and for exceptions of `kinds`."""
+    """Ends the program with one line and exit code 2 for what users can cause, and for errors of `kinds`."""
     try:
         yield
         return
@@ -342,6 +348,8 @@ def errors_in_one_line(*kinds):
         message = str(e)
     except OSError as e:
         message = f"{e.filename or 'a file'} cannot be read or written: {e.strerror or e}"
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not ("alloc" in str(e) and "memory" in str(e)):
             raise

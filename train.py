@@ -328,7 +328,8 @@ class Run:
         if self.rank > 0:
             return
         if not all(w.isfinite().all() for w in self.weights):
-            raise ConfigError(f"the weights are not finite at step {self.step}; {self.out} keeps the last good state")
+            raise ConfigError(f"the weights are not finite at step {self.step}; {self.out} keeps the last "
+                              "good state")
         raw = self.student.state_dict()
         models.save(self.out / "student.pt", self.ema, raw)
         if self.psnr > self.best:

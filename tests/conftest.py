@@ -3,6 +3,6 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' networks are tiny: threads would only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny networks, threads only wait
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
