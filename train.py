@@ -1,4 +1,5 @@
 """Distil a small super-resolution network from a large frozen one (DUKD, arXiv 2309.14162).
+
     python train.py --teacher edsr_baseline.pt --student small              on scikit-image's pictures
     python train.py --teacher FILE --student small --data DIV2K_train_HR    on your own
     python train.py --student edsr_baseline --method scratch --data DIR     train a teacher
