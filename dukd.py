@@ -52,7 +52,7 @@ def zoom_out(lr, scale):
 def bicubic_resize(x, factor, dims=(-2, -1)):
     """MATLAB's `imresize(x, factor, 'bicubic')` of float pictures along `dims`, one after the other.
     When reducing, the cubic kernel (a = −1/2) is stretched by 1/factor, against aliasing. Output sample
-    x = 1, 2, … lies at u = x/factor + ½(1 − 1/factor). Edges repeat symmetrically. n samples become ⌈n·factor⌉.
+    x = 1, 2, … lies at u = x/factor + ½(1 − 1/factor). Edges repeat symmetrically. Size n becomes ⌈n·factor⌉.
     Taps are added in MATLAB's order, so float64 rounds alike. Differentiable; no rounding, no clipping."""
     stretch = min(factor, 1.0)
     width = 4 / stretch

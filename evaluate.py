@@ -153,7 +153,10 @@ def evaluate(rows, options):
     s, results, sets = options.scale, {}, {}
     least = 2 - -11 // s  # LR pixels a side: SSIM's window and two borders must fit into HR
     for place in options.data:
-        sets[place] = {p.stem: data.read_pair(p, None, s, least) for p in data.find_images([place])}
+        paths = data.find_images([place])
+        sets[place] = {p.stem: data.read_pair(p, None, s, least) for p in paths}
+        if len(sets[place]) < len(paths):
+            raise data.DataError(f"{place} holds two pictures of the same name, such as a.png and a.bmp")
     if options.figure:
         write_picture(options.figure, figure(pictures_of(rows, sets[options.data[0]], options), s))
     if options.json:
@@ -229,7 +232,7 @@ def peak_memory(device):
 
 
 def keep_freed_memory():
-    """Has glibc keep freed memory. That saves 15 % of the CPU time: the system need not clear pages again."""
+    """Has glibc keep freed memory. Not clearing it again saves 8 to 20 % of the time of large networks."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap, too
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks

@@ -106,7 +106,7 @@ def test_to_uint8_rounds_half_up_and_clips():
     assert np.array_equal(evaluate.to_uint8(evaluate.to_tensor(image)), image)
 
 
-@pytest.mark.parametrize("h, w, tile, scale", [(1, 90, 8, 2), (90, 1, 16, 3), (57, 64, 9, 4), (33, 80, 48, 2)])
+@pytest.mark.parametrize("h,w,tile,scale", [(1, 90, 8, 2), (90, 1, 16, 3), (57, 64, 9, 4), (33, 80, 48, 2)])
 def test_edsr_in_tiles_equals_the_whole_picture(h, w, tile, scale):
     torch.manual_seed(0)
     net, x = models.build("edsr_c4b2", scale).eval(), torch.rand(2, 3, h, w)
@@ -143,12 +143,14 @@ def test_self_ensemble_by_hand():
 
 # ---------------------------------------------------------------------------------------------- tables
 def test_table_and_json(place, capsys, tmp_path):
-    out = run(capsys, place / "a.pt", "bicubic", "--data", place / "set", "--json", tmp_path / "new" / "t.json")
+    file = tmp_path / "new" / "t.json"
+    out = run(capsys, place / "a.pt", "bicubic", "--data", place / "set", "--json", file)
     head, *lines = out.splitlines()
-    assert head.startswith("model") and [line.split()[0] for line in lines] == [str(place / "a.pt"), "bicubic"]
-    report = json.loads((tmp_path / "new" / "t.json").read_text())
+    assert head.startswith("model") and [x.split()[0] for x in lines] == [str(place / "a.pt"), "bicubic"]
+    report = json.loads(file.read_text())
     row = report["results"][str(place / "a.pt")][str(place / "set")]
-    assert {"command", "git", "device", "versions"} <= report.keys() and {*row["images"]} == {"baby", "bird", "head"}
+    assert {"command", "git", "device", "versions"} <= report.keys()
+    assert {*row["images"]} == {"baby", "bird", "head"}
     for key in ("psnr", "ssim"):
         assert row[key] == pytest.approx(np.mean([image[key] for image in row["images"].values()]))
     assert lines[0].split()[-1] == f"{row['psnr']:.2f}/{row['ssim']:.4f}"
@@ -161,8 +163,9 @@ def test_table_and_json(place, capsys, tmp_path):
 
 
 def test_pictures_of_other_tools_are_scored(place, capsys, tmp_path):
-    """One grey level is 49.45 dB, a little more where white gets less. Files have the names that tools give."""
-    for name, file in (("baby", "babyx4"), ("bird", "bird_x4"), ("head", "head_MYNET_x4"), ("head", "head_old")):
+    """One grey level is 49.45 dB, a little more where white gets less. The file names are those of tools."""
+    files = [("baby", "babyx4"), ("bird", "bird_x4"), ("head", "head_MYNET_x4"), ("head", "head_old")]
+    for name, file in files:
         hr = data.pair(data.read_image(place / "set" / f"{name}.png"), 4)[1]
         near = np.where(hr < 255, hr + 1, hr - 1) if file != "head_old" else hr * 0
         iio.imwrite(tmp_path / f"{file}.png", near.astype(np.uint8))
@@ -177,11 +180,12 @@ def test_pictures_of_other_tools_are_scored(place, capsys, tmp_path):
 def test_bench_takes_turns(place, capsys, monkeypatch):
     turns = []
     monkeypatch.setattr(models.EDSR, "forward", lambda net, x: turns.append((net, x.shape)) or x)
-    lines = run(capsys, place / "a.pt", place / "b.pt", "--bench", "3", "--precision", "bfloat16").splitlines()
-    a, b = map(json.loads, lines)
+    out = run(capsys, place / "a.pt", place / "b.pt", "--bench", "3", "--precision", "bfloat16")
+    a, b = map(json.loads, out.splitlines())
     assert [a["model"], b["model"]] == [str(place / "a.pt"), str(place / "b.pt")]
     assert [net for net, _ in turns] == [turns[0][0], turns[1][0]] * 5 and turns[0][0] is not turns[1][0]
-    assert {shape for _, shape in turns} == {(1, 3, 180, 320)} and a["input"] == [320, 180] and a["turns"] == 3
+    assert {shape for _, shape in turns} == {(1, 3, 180, 320)}
+    assert a["input"] == [320, 180] and a["turns"] == 3
     assert a["ratio"] == 1 and 0 < a["ms_min"] <= a["ms"] and a["precision"] == "bfloat16"
 
 
@@ -211,13 +215,13 @@ def test_figure_by_command_line_takes_a_name(place, capsys, tmp_path):
     assert "did you mean bird?" in error(capsys, *words, "brid")
 
 
-@pytest.mark.parametrize("channels, kept", [(1, (80, 96)), (2, (80, 96, 2)), (3, (80, 96, 3)), (4, (80, 96, 4))])
-def test_upscaling_keeps_grey_and_alpha(place, capsys, tmp_path, channels, kept):
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_upscaling_keeps_grey_and_alpha(place, capsys, tmp_path, channels):
     image = smooth(20, 24, channels)
     iio.imwrite(tmp_path / "in.png", image[..., 0] if channels == 1 else image)
     run(capsys, place / "a.pt", "--input", tmp_path / "in.png", "--output", tmp_path / "new" / "out.png")
     big = iio.imread(tmp_path / "new" / "out.png")
-    assert big.shape == kept
+    assert big.shape == ((80, 96) if channels == 1 else (80, 96, channels))
     if channels in (2, 4):
         assert np.array_equal(big[..., -1], data.imresize(image[..., -1], 4))
     if channels == 3:
@@ -226,10 +230,17 @@ def test_upscaling_keeps_grey_and_alpha(place, capsys, tmp_path, channels, kept)
 
 
 def test_a_folder_is_upscaled_and_nothing_is_overwritten(place, capsys, tmp_path):
-    words = [place / "a.pt", "--input", place / "set", "--output", tmp_path / "big", "--self-ensemble", "--tile", 8]
+    big = tmp_path / "big"
+    words = [place / "a.pt", "--input", place / "set", "--output", big, "--self-ensemble", "--tile", 8]
     run(capsys, *words)
-    assert sorted(p.name for p in (tmp_path / "big").iterdir()) == ["baby_x4.png", "bird_x4.png", "head_x4.png"]
+    assert sorted(path.name for path in big.iterdir()) == ["baby_x4.png", "bird_x4.png", "head_x4.png"]
     assert "exists already" in error(capsys, *words)
+
+
+def test_two_pictures_of_one_name_are_refused(place, capsys, tmp_path):
+    for name in ("a.png", "a.bmp"):
+        iio.imwrite(tmp_path / name, smooth(32, 32))
+    assert "same name" in error(capsys, place / "a.pt", "--data", tmp_path)
 
 
 def test_a_format_without_alpha_is_named(place, capsys, tmp_path):
@@ -239,15 +250,16 @@ def test_a_format_without_alpha_is_named(place, capsys, tmp_path):
 
 
 def test_bicubic_is_a_model_too(place, capsys, tmp_path):
-    run(capsys, "bicubic", "--scale", "2", "--input", place / "set" / "baby.png", "--output", tmp_path / "b.png")
-    lr = data.read_image(place / "set" / "baby.png")
+    baby = place / "set" / "baby.png"
+    run(capsys, "bicubic", "--scale", "2", "--input", baby, "--output", tmp_path / "b.png")
+    lr = data.read_image(baby)
     assert np.array_equal(iio.imread(tmp_path / "b.png"), data.imresize(lr, 2))
 
 
 def test_bfloat16_is_near(place, capsys, tmp_path):
     made = []
     for kind in ("float32", "bfloat16"):
-        words = ["--input", place / "set" / "baby.png", "--output", tmp_path / f"{kind}.png", "--precision", kind]
-        run(capsys, place / "a.pt", *words)
+        words = ["--input", place / "set" / "baby.png", "--output", tmp_path / f"{kind}.png"]
+        run(capsys, place / "a.pt", *words, "--precision", kind)
         made.append(iio.imread(tmp_path / f"{kind}.png").astype(int))
     assert 0 < np.abs(made[0] - made[1]).max() < 12
