@@ -276,11 +276,7 @@ class Run:
         if self.world > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-        if self.rank > 0:
-            dist.barrier()  # the first process decodes the images, the others find them
-        store, self.held = prepare_images(c)
-        if self.rank == 0 and self.world > 1:
-            dist.barrier()
+        store, self.held = prepare_images(c, self.rank, self.world)
         self.patches = data.Patches(store, c.patch, c.scale, self.device)
         bicubic = [data.imresize(lr, c.scale) for _, lr, _ in self.held]
         scores = [evaluate.psnr_y(sr, hr, c.scale) for sr, (_, _, hr) in zip(bicubic, self.held)]
@@ -419,7 +415,7 @@ def build_student(c, teacher):
     return student
 
 
-def prepare_images(c):
+def prepare_images(c, rank=0, world=1):
     """The Store of training images, and the held-out ones as [(name, lr, hr)]."""
     images = data.find_images(c.data) if c.data else data.embedded_train()
     if c.val or not c.data:
@@ -434,7 +430,11 @@ def prepare_images(c):
         print(f"data    {len(images)} images to train on, {len(held)} held out", flush=True)
     cache = c.cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dukd"
     lr_images = data.match_lr(images, c.lr_data, c.scale)
+    if rank > 0:
+        dist.barrier()  # the first process decodes the images, the others find them
     store = data.build_store(images, lr_images, c.scale, c.patch, cache)
+    if rank == 0 and world > 1:
+        dist.barrier()
     return store, [(path.stem, *data.read_pair(path, None, c.scale, 8)) for path in held]
 
 
