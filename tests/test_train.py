@@ -272,6 +272,22 @@ def test_a_run_learns_logs_its_terms_and_keeps_what_it_was(place, tmp_path, monk
     assert models.load(run.out / "best.pt").scale == 4 and iio.imread(run.out / "compare.png").shape[2] == 3
 
 
+def test_the_best_weights_are_kept(place, tmp_path, monkeypatch):
+    scores, averages = iter((30.0, 20.0, 25.0)), []
+
+    def score(run, net, name):
+        if name == "teacher":
+            return 40.0
+        run.pictures[name] = run.pictures["HR"]
+        averages.append({k: v.clone() for k, v in net.state_dict().items()})
+        return next(scores)
+    monkeypatch.setattr(train.Run, "score", score)
+    run = train.train(config(place, tmp_path / "run", steps=6, val_every=2))
+    best, last = (models.load(run.out / f"{name}.pt").state_dict() for name in ("best", "student"))
+    assert run.best == 30 and equal(best.values(), averages[0].values())
+    assert equal(last.values(), averages[2].values()) and not equal(best.values(), last.values())
+
+
 @pytest.mark.parametrize("family", STUDENTS)
 def test_stopped_and_resumed_equals_uninterrupted(place, tmp_path, monkeypatch, family):
     """Byte for byte, SwinIR with its random drop-path too. With this rate the best step is not the last."""
