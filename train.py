@@ -176,7 +176,8 @@ def update(run, batch):
     run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, run.c)
     run.optimizer.step()
     decay = min(run.c.ema, (1 + run.step) / (10 + run.step))  # forgets the random start soon
-    torch._foreach_lerp_(run.averaged, run.weights, 1 - decay)
+    with torch.no_grad():
+        torch._foreach_lerp_(run.averaged, run.weights, 1 - decay)
     return terms
 
 

@@ -251,6 +251,7 @@ def test_an_update_is_adam_on_its_own_gradient_and_averages_the_weights(place, t
         assert terms[-1].item() == pytest.approx(loss.item(), rel=1e-5)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(run.student.parameters(), parameters))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(run.ema.parameters(), average))
+    assert not any(p.requires_grad for p in run.ema.parameters())  # the average keeps no graph of the steps
 
 
 # ----------------------------------------------------------------------------------------------------- runs
