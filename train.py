@@ -279,10 +279,7 @@ class Run:
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
         store, self.held = prepare_images(c, self.rank, self.world)
         self.patches = data.Patches(store, c.patch, c.scale, self.device)
-        bicubic = [data.imresize(lr, c.scale) for _, lr, _ in self.held]
-        scores = [evaluate.psnr_y(sr, hr, c.scale) for sr, (_, _, hr) in zip(bicubic, self.held)]
-        self.bicubic = float(np.mean(scores))
-        self.pictures = {"HR": self.held[0][2], "bicubic": bicubic[0]}
+        self.pictures = {"HR": self.held[0][2]}
         self.student, self.teacher = (net and net.to(self.device, memory_format=torch.channels_last)
                                       for net in (student, teacher))
         self.ema = copy.deepcopy(self.student).eval().requires_grad_(False)
@@ -292,13 +289,17 @@ class Run:
         self.val_every = c.val_every or max(1, min(c.steps // 10, 5000))
         self.log_every = 10 if self.device.type == "cuda" else 1  # a look at the terms makes a GPU wait
         self.terms = []  # what `update` returned since the last row of log.csv
-        self.step, self.psnr, self.best, self.log_bytes = 0, math.nan, -math.inf, 0
+        self.step, self.psnr, self.best, self.bicubic, self.log_bytes = 0, math.nan, -math.inf, math.nan, 0
 
     def score(self, net, name):
-        """Mean PSNR on Y of a network over the held-out pictures, in float32. Keeps the first picture."""
+        """Mean PSNR on Y over the held-out pictures of a network in float32, or of bicubic where it is None.
+        Keeps the first picture under that name."""
         scores = []
         for _, lr, hr in tqdm(self.held, desc=f"held-out pictures, {name}", leave=False, delay=1, ncols=80):
-            sr = evaluate.to_uint8(evaluate.upscale(net, evaluate.to_tensor(lr, self.device), tile=512))
+            if net is None:
+                sr = data.imresize(lr, self.c.scale)
+            else:
+                sr = evaluate.to_uint8(evaluate.upscale(net, evaluate.to_tensor(lr, self.device), tile=512))
             self.pictures[name] = self.pictures[name] if scores else sr
             scores.append(evaluate.psnr_y(sr, hr, self.c.scale))
         return float(np.mean(scores))
@@ -465,6 +466,7 @@ def start(run, command):
         if net:
             size = models.parameters(net) / 1e6
             print(f"{role} {models.describe(net.config)}: {size:.2f} M parameters", flush=True)
+    run.bicubic = run.score(None, "bicubic")
     teacher = f", teacher {run.score(run.teacher, 'teacher'):.2f} dB" if run.teacher else ""
     print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB{teacher}")
     print(f"run     {c.out}: {c.steps} steps of {c.batch} on {run.device} in {c.precision}; "
