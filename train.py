@@ -300,7 +300,8 @@ class Run:
                 sr = data.imresize(lr, self.c.scale)
             else:
                 sr = evaluate.to_uint8(evaluate.upscale(net, evaluate.to_tensor(lr, self.device), tile=512))
-            self.pictures[name] = self.pictures[name] if scores else sr
+            if not scores:
+                self.pictures[name] = sr
             scores.append(evaluate.psnr_y(sr, hr, self.c.scale))
         return float(np.mean(scores))
 
@@ -308,7 +309,8 @@ class Run:
         """Adds a row to log.csv: the mean terms since the last row, the held-out PSNR. Returns the mean loss.
         ConfigError where a term is NaN or infinite: last.ckpt is older, and good."""
         terms, self.terms = torch.stack(self.terms).cpu(), []
-        for row, term in (~terms.isfinite()).nonzero().tolist():
+        if broken := (~terms.isfinite()).nonzero().tolist():
+            row, term = broken[0]
             name, step = [*term_weights(self.c), "total"][term], self.step - len(terms) + 1 + row
             raise ConfigError(f"the term {name} is {terms[row, term]} at step {step}; {self.out} keeps the "
                               "last good state. A lower --lr or --precision float32 may help")
@@ -484,8 +486,8 @@ def finish(run):
     else:
         if "student" not in run.pictures:  # resumed after the last step
             run.score(run.ema, "student")
-        names = [name for name in ("HR", "bicubic", "student", "teacher") if name in run.pictures]
-        pictures = {name: run.pictures[name] for name in names}
+        order = ("HR", "bicubic", "student", "teacher")
+        pictures = {name: run.pictures[name] for name in order if name in run.pictures}
         evaluate.write_picture(run.out / "compare.png", evaluate.figure(pictures, run.c.scale))
         print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
         print(f"in {run.out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
