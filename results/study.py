@@ -9,6 +9,7 @@ A run that has its record in results/study_*.json is skipped. A run that was sto
 import argparse
 import concurrent.futures
 import csv
+import functools
 import json
 import os
 import random
@@ -83,6 +84,7 @@ STUDIES = {
     "H-swinir": variants([KD, SCRATCH, DUKD], "--student swinir_c36s12", 8, 2),
     "I": variants([KD, SCRATCH, ZOOM_IN, DUKD], "--steps 20000", EMBEDDED, 1),
     "J": grid(ZOOM_IN, [ZOOM_IN, *OURS], [2, 8, 32, ALL], 3),
+    "K": grid(KD, [KD, f"{KD} --lambda-rec 5", *(f"{arm} --lambda-rec 1" for arm in (ZOOM_IN, DUKD))], [2], 5),
 }
 
 
@@ -150,6 +152,7 @@ def train_and_score(study, arm, n, seed, place):
     return record
 
 
+@functools.cache
 def records():
     """All records so far: {(arm, n, seed): record}."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("study_*.json"))]
@@ -170,6 +173,7 @@ def run(study, place, jobs):
             record = task.result()
             earlier = json.loads(file.read_text()) if file.exists() else []
             file.write_text(json.dumps([*earlier, record], indent=1))
+            records.cache_clear()
             print(f"{record['arm']}, n = {record['n']}, seed {record['seed']}: held out "
                   f"{record['best']['held_out']:.2f}, {record['end']['held_out']:.2f} at the end", flush=True)
     finally:
