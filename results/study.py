@@ -45,7 +45,10 @@ OURS = {
     f"{ZOOM_IN} --remix gamma": "zoom-in with F, gamma",
     f"{ZOOM_IN} --remix permute": "zoom-in with F, permuted colours",
     f"{ZOOM_IN} --remix cutmix permute gamma": "zoom-in with F, all three"}
-LABELS = TERMS | BASELINES | OURS
+WEIGHTS = {
+    f"{KD} --lambda-rec 5": "KD, λ_rec 5", f"{ZOOM_IN} --lambda-rec 1": "zoom-in with F, λ_rec 1",
+    f"{DUKD} --lambda-rec 1": "DUKD, λ_rec 1"}
+LABELS = TERMS | BASELINES | OURS | WEIGHTS
 BIG = f"{SCRATCH} --student edsr_baseline --batch 8 --patch 32 --lr 5e-4"  # study D's own teachers
 ABLATIONS = [
     "--ops hflip", "--ops vflip", "--ops transpose", "--ops invert",
@@ -84,7 +87,7 @@ STUDIES = {
     "H-swinir": variants([KD, SCRATCH, DUKD], "--student swinir_c36s12", 8, 2),
     "I": variants([KD, SCRATCH, ZOOM_IN, DUKD], "--steps 20000", EMBEDDED, 1),
     "J": grid(ZOOM_IN, [ZOOM_IN, *OURS], [2, 8, 32, ALL], 3),
-    "K": grid(KD, [KD, f"{KD} --lambda-rec 5", *(f"{arm} --lambda-rec 1" for arm in (ZOOM_IN, DUKD))], [2], 5),
+    "K": grid(KD, [KD, *WEIGHTS], [2], 5),
 }
 
 
@@ -125,7 +128,7 @@ def call(log, program, *words):
                        env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 
-def train_and_score(study, arm, n, seed, place):
+def train_and_score(arm, n, seed, place):
     """One run: its record for the JSON."""
     out, images = folder(arm, n, seed), RUNS / f"images_n{n}_s{seed}"
     words = shlex.split(f"{FIXED} {arm.format(seed=seed)} --seed {seed} --val {RUNS}/held --out {out}")
@@ -138,7 +141,8 @@ def train_and_score(study, arm, n, seed, place):
     held_out = [(int(row["step"]), float(row["val_psnr"])) for row in rows if row["val_psnr"]]
     best_step = max(held_out, key=lambda point: point[1])[0]
     sets = [place / name for name in ("Set5", "Set14", "B100")]
-    turned = [RUNS / f"B100_{name}" for name in ("invert", "hflip", "transpose")] if study == "A" else []
+    of_a = (arm, n, seed) in STUDIES["A"][1]  # study E scores A's students
+    turned = [RUNS / f"B100_{name}" for name in ("invert", "hflip", "transpose")] if of_a else []
     record = dict(arm=arm, n=n, seed=seed, command=shlex.join(["python", "train.py", *words]),
                   images=sorted(path.stem for path in images.iterdir()) if 0 < n <= 8 else None,
                   held_out_by_step=held_out, seconds=None if resumed else round(seconds),
@@ -167,7 +171,7 @@ def run(study, place, jobs):
     for n, seed in {(n, seed) for _, n, seed in missing}:  # a larger n keeps the images of a smaller one
         copy(random.Random(seed).sample(pool, ALL)[:n], RUNS / f"images_n{n}_s{seed}")
     executor = concurrent.futures.ThreadPoolExecutor(jobs)
-    tasks = [executor.submit(train_and_score, study, *one, place) for one in missing]
+    tasks = [executor.submit(train_and_score, *one, place) for one in missing]
     try:
         for task in concurrent.futures.as_completed(tasks):
             record = task.result()
@@ -176,6 +180,8 @@ def run(study, place, jobs):
             records.cache_clear()
             print(f"{record['arm']}, n = {record['n']}, seed {record['seed']}: held out "
                   f"{record['best']['held_out']:.2f}, {record['end']['held_out']:.2f} at the end", flush=True)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on") from None
     finally:
         executor.shutdown(cancel_futures=True)  # after a signal or an error no further run begins
 
@@ -195,9 +201,11 @@ def gain(arm, reference, n, when, where):
     """Mean difference of two arms, paired by seed, with its 95 % t-interval."""
     ours, theirs = (psnrs(a, n, when, where) for a in (arm, reference))
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    if arm == reference or len(differences) < 2:
+    if arm == reference or not differences:
         return "–"
     mean = np.mean(differences)
+    if len(differences) == 1:
+        return f"{mean:+.3f}"
     half = scipy.stats.t.ppf(0.975, len(differences) - 1) * scipy.stats.sem(differences)
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
