@@ -250,7 +250,7 @@ def plot():
         x = [n * 1.04 ** (i - 1.5) for n, _ in points]  # side by side, so that the bars stay apart
         means, deviations = zip(*((np.mean(y), np.std(y, ddof=1) if len(y) > 1 else 0) for _, y in points))
         axes.errorbar(x, means, deviations, label=LABELS[arm], marker="o", markersize=4, capsize=3)
-    axes.set(xscale="log", xticks=numbers, xticklabels=numbers, xlabel="training images",
+    axes.set(xscale="log", xlim=(1.6, 1100), xticks=numbers, xticklabels=numbers, xlabel="training images",
              ylabel="PSNR on B100, dB (mean ± standard deviation)")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
