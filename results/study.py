@@ -56,6 +56,9 @@ ABLATIONS = [
     "--ops hflip vflip transpose", "--p 0.1", "--p 0.5", "--consistency none", "--consistency zoom_out",
     "--consistency both", "--lambda-dukd 0.3", "--lambda-dukd 3", "--crops 2", "--crops 4"]
 
+# Of study E's pictures.
+TURNS = dict(invert=lambda x: 255 - x, hflip=lambda x: x[:, ::-1], transpose=lambda x: x.swapaxes(0, 1))
+
 
 def folder(arm, n, seed):
     return RUNS / f"{re.sub(r'[^a-z0-9]+', '_', arm).strip('_')}_n{n}_s{seed}"
@@ -101,23 +104,22 @@ def prepare(place):
     if (len(held), len(pool)) != (16, ALL):
         raise SystemExit(f"error: {place}/train has {len(held)} of 16 held-out images and {len(pool)} others")
     copy(held, RUNS / "held")
-    for path in sorted((place / "B100").iterdir()):
-        image = iio.imread(path)
-        image = image[:image.shape[0] // 4 * 4, :image.shape[1] // 4 * 4]  # evaluate.py would do it after F
-        turns = dict(invert=255 - image, hflip=image[:, ::-1], transpose=image.swapaxes(0, 1))
-        for name, turned in turns.items():
+    for name, turn in TURNS.items():
+        (RUNS / f"B100_{name}").mkdir(exist_ok=True)
+        for path in sorted((place / "B100").iterdir()):
             target = RUNS / f"B100_{name}" / f"{path.stem}.png"
             if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                iio.imwrite(target, turned)
+                image = iio.imread(path)
+                h, w = (side // 4 * 4 for side in image.shape[:2])  # evaluate.py would crop it after the turn
+                iio.imwrite(target, turn(image[:h, :w]))
     return pool
 
 
 def copy(paths, target):
-    """Copies files into a folder, once."""
-    if not target.exists():
-        target.mkdir(parents=True)
-        for path in paths:
+    """Copies the files that a folder lacks."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        if not (target / path.name).exists():
             shutil.copy(path, target)
 
 
@@ -139,21 +141,26 @@ def train_and_score(arm, n, seed, place):
     about = json.loads((out / "config.json").read_text())
     rows = list(csv.DictReader(open(out / "log.csv")))
     held_out = [(int(row["step"]), float(row["val_psnr"])) for row in rows if row["val_psnr"]]
-    best_step = max(held_out, key=lambda point: point[1])[0]
+    best, end = max(held_out, key=lambda point: point[1]), held_out[-1]
     sets = [place / name for name in ("Set5", "Set14", "B100")]
     of_a = (arm, n, seed) in STUDIES["A"][1]  # study E scores A's students
-    turned = [RUNS / f"B100_{name}" for name in ("invert", "hflip", "transpose")] if of_a else []
+    turned = [RUNS / f"B100_{name}" for name in TURNS] if of_a else []
     record = dict(arm=arm, n=n, seed=seed, command=shlex.join(["python", "train.py", *words]),
                   images=sorted(path.stem for path in images.iterdir()) if 0 < n <= 8 else None,
                   held_out_by_step=held_out, seconds=None if resumed else round(seconds),
                   **{key: about[key] for key in ("git", "versions", "device_name", "started")})
-    for name, step, file, on in (("best", best_step, "best.pt", [*sets, *turned]),
-                                 ("end", held_out[-1][0], "student.pt", sets)):
-        call(f"{out}.log", "evaluate.py", out / file, "--data", *on, "--json", out / f"{name}.json")
-        scores = json.loads((out / f"{name}.json").read_text())["results"][str(out / file)]
-        record[name] = dict(step=step, held_out=dict(held_out)[step],
-                            **{Path(s).name: {k: scores[s][k] for k in ("psnr", "ssim")} for s in scores})
+    record["best"] = score(out / "best.pt", best, [*sets, *turned])
+    record["end"] = record["best"] if best == end else score(out / "student.pt", end, sets)
     return record
+
+
+def score(file, point, places):
+    """A checkpoint's step, its held-out PSNR, and its scores on the test sets in `places`."""
+    table = file.with_suffix(".json")
+    call(f"{file.parent}.log", "evaluate.py", file, "--data", *places, "--json", table)
+    scores = json.loads(table.read_text())["results"][str(file)]
+    return dict(step=point[0], held_out=point[1],
+                **{Path(s).name: {k: scores[s][k] for k in ("psnr", "ssim")} for s in scores})
 
 
 @functools.cache
@@ -232,7 +239,7 @@ def robustness():
     yield "| arm | inverted | flipped | transposed |\n|---|---|---|---|"
     for arm in TERMS:
         plain, cells = psnrs(arm, 2, "best", "B100"), []
-        for name in ("invert", "hflip", "transpose"):
+        for name in TURNS:
             losses = [plain[seed] - psnr for seed, psnr in psnrs(arm, 2, "best", f"B100_{name}").items()]
             cells.append(f"{np.mean(losses):.2f} ({min(losses):.2f} to {max(losses):.2f})")
         yield f"| {LABELS[arm]} | {' | '.join(cells)} |"
