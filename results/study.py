@@ -33,7 +33,8 @@ ALL, EMBEDDED = 881, 0  # training images: all that are not held out; scikit-ima
 
 # An arm is the flags that follow FIXED. Where both name a flag, the arm's counts.
 SCRATCH, KD, ZOOM_IN, DUKD = "--method scratch", "--method kd", "--no-zoom-out", "--method dukd"
-METHODS = [SCRATCH, KD, ZOOM_IN, DUKD]
+EQUAL = f"{ZOOM_IN} --lambda-rec 1"  # KD's and scratch's weight of the ground truth; DUKD's default is 5
+METHODS = [SCRATCH, KD, EQUAL, DUKD]
 TERMS = {
     SCRATCH: "scratch", f"{SCRATCH} --zoom-out-rec": "ground-truth zoom-out", KD: "KD",
     f"{ZOOM_IN} --consistency none": "zoom-in without F", ZOOM_IN: "zoom-in with F", DUKD: "DUKD"}
@@ -41,12 +42,11 @@ BASELINES = {
     "--method fitnet": "FitNet", "--method at": "AT", "--method fakd": "FAKD",
     f"{DUKD} --feature fakd": "DUKD + FAKD"}
 OURS = {
-    f"{ZOOM_IN} --remix cutmix": "zoom-in with F, CutMix",
-    f"{ZOOM_IN} --remix gamma": "zoom-in with F, gamma",
-    f"{ZOOM_IN} --remix permute": "zoom-in with F, permuted colours",
-    f"{ZOOM_IN} --remix cutmix permute gamma": "zoom-in with F, all three"}
+    f"{EQUAL} --remix cutmix": "the same, CutMix", f"{EQUAL} --remix gamma": "the same, gamma",
+    f"{EQUAL} --remix permute": "the same, permuted colours",
+    f"{EQUAL} --remix cutmix permute gamma": "the same, all three"}
 WEIGHTS = {
-    f"{KD} --lambda-rec 5": "KD, λ_rec 5", f"{ZOOM_IN} --lambda-rec 1": "zoom-in with F, λ_rec 1",
+    f"{KD} --lambda-rec 5": "KD, λ_rec 5", EQUAL: "zoom-in with F, λ_rec 1",
     f"{DUKD} --lambda-rec 1": "DUKD, λ_rec 1"}
 LABELS = TERMS | BASELINES | OURS | WEIGHTS
 BIG = f"{SCRATCH} --student edsr_baseline --batch 8 --patch 32 --lr 5e-4"  # study D's own teachers
@@ -88,8 +88,8 @@ STUDIES = {
     "G": grid(KD, [*METHODS, *BASELINES], [8], 3),
     "H-rcan": variants([KD, SCRATCH, DUKD], "--student rcan_c32b4g4", 8, 2),
     "H-swinir": variants([KD, SCRATCH, DUKD], "--student swinir_c36s12", 8, 2),
-    "I": variants([KD, SCRATCH, ZOOM_IN, DUKD], "--steps 20000", EMBEDDED, 1),
-    "J": grid(ZOOM_IN, [ZOOM_IN, *OURS], [2, 8, 32, ALL], 3),
+    "I": variants([KD, SCRATCH, EQUAL, DUKD], "--steps 20000", EMBEDDED, 1),
+    "J": grid(EQUAL, [EQUAL, *OURS], [2, 8, 32, ALL], 3),
     "K": grid(KD, [KD, *WEIGHTS], [2], 5),
 }
 
