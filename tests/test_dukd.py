@@ -241,7 +241,8 @@ def test_cutmix_takes_a_rectangle_of_the_mirrored_sample_before():
     rows, columns = other.any(2), other.any(1)
     assert torch.equal(other, rows[:, :, None] & columns[:, None, :])
     for side in rows, columns:  # without a gap
-        assert side.int().diff(dim=1, prepend=torch.zeros(n, 1), append=torch.zeros(n, 1)).abs().sum(1).max() <= 2
+        ends = torch.zeros(n, 1)
+        assert side.int().diff(dim=1, prepend=ends, append=ends).abs().sum(1).max() <= 2
     assert other.float().mean().item() == pytest.approx(1 / 9, abs=0.01)  # two random numbers lie 1/3 apart
     assert len(other.flatten(1).unique(dim=0)) > n / 4  # of each sample anew
 
