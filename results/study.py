@@ -41,8 +41,9 @@ TERMS = {
 BASELINES = {
     "--method fitnet": "FitNet", "--method at": "AT", "--method fakd": "FAKD",
     f"{DUKD} --feature fakd": "DUKD + FAKD"}
+CUTMIX = f"{EQUAL} --remix cutmix"
 OURS = {
-    f"{EQUAL} --remix cutmix": "the same, CutMix", f"{EQUAL} --remix gamma": "the same, gamma",
+    CUTMIX: "the same, CutMix", f"{EQUAL} --remix gamma": "the same, gamma",
     f"{EQUAL} --remix permute": "the same, permuted colours",
     f"{EQUAL} --remix cutmix permute gamma": "the same, all three"}
 WEIGHTS = {
@@ -89,7 +90,7 @@ STUDIES = {
     "H-rcan": variants([KD, SCRATCH, DUKD], "--student rcan_c32b4g4", 8, 2),
     "H-swinir": variants([KD, SCRATCH, DUKD], "--student swinir_c36s12", 8, 2),
     "I": variants([KD, SCRATCH, EQUAL, DUKD], "--steps 20000", EMBEDDED, 1),
-    "J": grid(EQUAL, [EQUAL, *OURS], [2, 8, 32, ALL], 3),
+    "J": (EQUAL, grid("", [EQUAL, *OURS], [2], 3)[1] + grid("", [EQUAL, CUTMIX], [8], 3)[1]),
     "K": grid(KD, [KD, *WEIGHTS], [2], 5),
 }
 
