@@ -73,36 +73,6 @@ def bicubic_resize(x, factor, dims=(-2, -1)):
     return x
 
 
-REMIXES = ("cutmix", "permute", "gamma")
-
-
-def remix(z, changes, generator=None):
-    """Changes the crops of zoom-in before the teacher labels them (ours, not the paper's). The label is made
-    afterwards, so that nothing has to be undone. Each sample draws its own change.
-        cutmix    a random rectangle comes from the sample before, mirrored (after Yun et al., ICCV 2019)
-        permute   the colours in a random order
-        gamma     each colour to the power exp(g/2), g normally distributed
-    z (N,C,h,w) in [0,1]. changes: any of REMIXES, made in their order. generator: on z's device.
-    Returns the same shape and range. ValueError for an unknown change."""
-    n, c, h, w = z.shape
-    draw = dict(generator=generator, device=z.device)
-    for change in changes:
-        if change == "cutmix":
-            (top, bottom), (left, right) = torch.rand(2, 2, n, 1, **draw).sort(1).values
-            y, x = (torch.arange(side, device=z.device) / side for side in (h, w))
-            rows, columns = (top <= y) & (y < bottom), (left <= x) & (x < right)  # (N,h), (N,w)
-            inside = rows[:, None, :, None] & columns[:, None, None, :]
-            z = torch.where(inside, z.roll(1, 0).flip(-1), z)
-        elif change == "permute":
-            order = torch.rand(n, c, **draw).argsort(1)[:, :, None, None]
-            z = z.gather(1, order.expand_as(z))
-        elif change == "gamma":
-            z = z ** torch.exp(torch.randn(n, c, 1, 1, **draw) / 2)
-        else:
-            raise ValueError(f"unknown change '{change}'; known: {', '.join(REMIXES)}")
-    return z
-
-
 # --------------------------------------------------------------------------------------------- augmentation
 class InvertibleAugmentation:
     """F and F⁻¹: for each sample a subset of horizontal flip, vertical flip, transpose, colour inversion.

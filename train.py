@@ -31,8 +31,8 @@ from tqdm import tqdm
 import data
 import evaluate
 import models
-from dukd import (REMIXES, InvertibleAugmentation, at_loss, dukd_loss, fakd_loss, fitnet_loss, remix, tapped,
-                  together, zoom_in, zoom_out)
+from dukd import (InvertibleAugmentation, at_loss, dukd_loss, fakd_loss, fitnet_loss, tapped, together, zoom_in,
+                  zoom_out)
 
 # A method is a row of defaults. Every flag overrides its entry, so the terms of several methods combine.
 METHODS = {
@@ -94,7 +94,6 @@ class Config:
     zoom_out: bool = option(None, "learn labels of reduced LR patches (EDSR, RCAN x3)", action=SWITCH)
     zoom_out_rec: bool = option(None, "learn I_LR from reduced LR patches (with zoom-out)", action=SWITCH)
     crops: int = option(None, "zoom-in crops of each HR patch (1; EDSR x2: 2)", type=between(1, 1024, int))
-    remix: list = option(None, "change z of zoom-in before its label is made (ours)", choices=REMIXES)
     consistency: str = option(None, "what passes through F (zoom_in)",
                               choices=("zoom_in", "zoom_out", "both", "none"))
     ops: list = option(None, "operations of F (all)", choices=OPERATIONS)
@@ -125,7 +124,6 @@ def sample_batch(patches, c, step, rank=0, world=1):
     ops_in, ops_out = (c.ops if c.consistency in (name, "both") else () for name in ("zoom_in", "zoom_out"))
     F_in = InvertibleAugmentation.sample(c.batch * c.crops, ops_in, c.p, device=lr.device)
     F_out = InvertibleAugmentation.sample(c.batch, ops_out, c.p, device=lr.device)
-    z_in = remix(z_in, c.remix) if c.remix else z_in
 
     def part(x):
         return x if x is None else x[len(x) * rank // world:len(x) * (rank + 1) // world]
@@ -365,7 +363,7 @@ def complete(c, teacher):
     fill(c.feature != "none", "--feature", lambda_feature=weight)
     fill(c.lambda_dukd, "--lambda-dukd", zoom_in=True, zoom_out=family == "edsr" or rcan_x3)
     fill(c.lambda_rec, "--lambda-rec", zoom_out_rec=c.zoom_out)
-    fill(c.zoom_in, "zoom-in", remix=[], crops=2 if family == "edsr" and c.scale == 2 else 1)
+    fill(c.zoom_in, "zoom-in", crops=2 if family == "edsr" and c.scale == 2 else 1)
     fill(c.zoom_in or c.zoom_out or c.zoom_out_rec, "zoom-in or zoom-out", ops=[*OPERATIONS],
          consistency="zoom_in" if c.zoom_in else "none", p=0.0 if family == "rcan" and not rcan_x3 else 0.3)
     return c

@@ -41,15 +41,10 @@ TERMS = {
 BASELINES = {
     "--method fitnet": "FitNet", "--method at": "AT", "--method fakd": "FAKD",
     f"{DUKD} --feature fakd": "DUKD + FAKD"}
-CUTMIX = f"{EQUAL} --remix cutmix"
-OURS = {
-    CUTMIX: "the same, CutMix", f"{EQUAL} --remix gamma": "the same, gamma",
-    f"{EQUAL} --remix permute": "the same, permuted colours",
-    f"{EQUAL} --remix cutmix permute gamma": "the same, all three"}
 WEIGHTS = {
     f"{KD} --lambda-rec 5": "KD, λ_rec 5", EQUAL: "zoom-in with F, λ_rec 1",
     f"{DUKD} --lambda-rec 1": "DUKD, λ_rec 1"}
-LABELS = TERMS | BASELINES | OURS | WEIGHTS
+LABELS = TERMS | BASELINES | WEIGHTS
 BIG = f"{SCRATCH} --student edsr_baseline --batch 8 --patch 32 --lr 5e-4"  # study D's own teachers
 ABLATIONS = [
     "--ops hflip", "--ops vflip", "--ops transpose", "--ops invert",
@@ -90,7 +85,6 @@ STUDIES = {
     "H-rcan": variants([KD, SCRATCH, DUKD], "--student rcan_c32b4g4", 8, 2),
     "H-swinir": variants([KD, SCRATCH, DUKD], "--student swinir_c36s12", 8, 2),
     "I": variants([KD, SCRATCH, EQUAL, DUKD], "--steps 20000", EMBEDDED, 1),
-    "J": (EQUAL, grid("", [EQUAL, *OURS], [2], 3)[1] + grid("", [EQUAL, CUTMIX], [8], 3)[1]),
     "K": grid(KD, [KD, *WEIGHTS], [2], 5),
 }
 

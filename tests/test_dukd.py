@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as nnf
 
 import dukd
-from dukd import InvertibleAugmentation, bicubic_resize, remix, zoom_in, zoom_out
+from dukd import InvertibleAugmentation, bicubic_resize, zoom_in, zoom_out
 
 OPS = InvertibleAugmentation.OPERATIONS
 COMBINATIONS = list(itertools.product((False, True), repeat=4))  # of hflip, vflip, transpose, invert
@@ -230,56 +230,6 @@ def test_zoom_out_reduces_by_s_and_keeps_constants(scale):
     assert same(zoom_out(torch.full_like(lr, 0.7), scale), torch.full_like(z, 0.7))
 
 
-# ---------------------------------------------------------------------------------------------- remix
-def test_cutmix_takes_a_rectangle_of_the_mirrored_sample_before():
-    n, h, w = 4000, 12, 16
-    z = coordinates(n, h, w)
-    mixed = remix(z, ["cutmix"], seeded(1))
-    other = mixed[:, 2] != z[:, 2]  # (N,h,w): where the pixel comes from another sample
-    expected = torch.stack([z[:, 0], w - 1 - z[:, 1], z[:, 2] - 1 + n * (z[:, 2] == 0)], dim=1)
-    assert torch.equal(mixed, torch.where(other[:, None], expected, z))
-    rows, columns = other.any(2), other.any(1)
-    assert torch.equal(other, rows[:, :, None] & columns[:, None, :])
-    for side in rows, columns:  # without a gap
-        ends = torch.zeros(n, 1)
-        assert side.int().diff(dim=1, prepend=ends, append=ends).abs().sum(1).max() <= 2
-    assert other.float().mean().item() == pytest.approx(1 / 9, abs=0.01)  # two random numbers lie 1/3 apart
-    assert len(other.flatten(1).unique(dim=0)) > n / 4  # of each sample anew
-
-
-def test_permute_gives_each_sample_one_of_the_six_orders():
-    n = 6000
-    z = torch.arange(3.0).view(1, 3, 1, 1) + uniform(n, 1, 2, 2)
-    permuted = remix(z, ["permute"], seeded(2))
-    assert torch.equal(permuted.sort(1).values, z)
-    orders, counts = (permuted[:, :, 0, 0] - z[:, :1, 0, 0]).round().unique(dim=0, return_counts=True)
-    assert len(orders) == 6 and (counts - n / 6).abs().max() < 5 * math.sqrt(n / 6)
-
-
-def test_gamma_raises_each_colour_of_each_sample_to_its_own_power():
-    n = 20_000
-    z = uniform(n, 3, 2, 2).double() * 0.9 + 0.05
-    changed = remix(z, ["gamma"], seeded(3))
-    powers = changed.log() / z.log()
-    assert torch.allclose(powers, powers[:, :, :1, :1].expand_as(z))
-    g = 2 * powers[:, :, 0, 0].log()
-    assert g.mean().abs() < 0.02 and (g.std() - 1).abs() < 0.02
-    assert (torch.corrcoef(g.T) - torch.eye(3)).abs().max() < 0.03
-    ends = torch.tensor([0.0, 1.0]).expand(2, 3, 1, 2)
-    assert torch.equal(remix(ends, ["gamma"]), ends)
-
-
-def test_changes_are_made_in_their_order_and_depend_on_their_generator_alone():
-    z, before, generator = uniform(8, 3, 6, 6), torch.get_rng_state(), seeded(4)
-    one_by_one = remix(remix(remix(z, ["cutmix"], generator), ["gamma"], generator), ["permute"], generator)
-    assert torch.equal(remix(z, ["cutmix", "gamma", "permute"], seeded(4)), one_by_one)
-    assert not torch.equal(remix(z, ["cutmix", "gamma", "permute"], seeded(5)), one_by_one)
-    assert torch.equal(before, torch.get_rng_state()) and torch.equal(z, uniform(8, 3, 6, 6))
-    assert remix(z, []) is z and one_by_one.min() >= 0 and one_by_one.max() <= 1
-    with pytest.raises(ValueError, match="'mixup'; known: cutmix, permute, gamma"):
-        remix(z, ["mixup"])
-
-
 # ---------------------------------------------------------------------------------------------- mistakes
 @pytest.mark.parametrize("message, function, arguments", [
     ("'rot'; known: hflip, vflip, transpose, invert", InvertibleAugmentation.sample, (2, ("hflip", "rot"))),
@@ -410,7 +360,6 @@ def test_each_part_of_the_method_can_be_copied_out():
     hr, lr = uniform(4, 3, 16, 16), uniform(4, 3, 8, 8)
     assert torch.equal(copied("zoom_in")(hr, 8, seeded(1)), zoom_in(hr, 8, seeded(1)))
     assert torch.equal(copied("bicubic_resize", "zoom_out")(lr, 2), zoom_out(lr, 2))
-    assert torch.equal(copied("remix")(hr, ["gamma"], seeded(1)), remix(hr, ["gamma"], seeded(1)))
     F = copied("InvertibleAugmentation").sample(4, generator=seeded(2))[1:]
     G = InvertibleAugmentation.sample(4, generator=seeded(2))[1:]
     assert torch.equal(F.apply(hr[1:]), G.apply(hr[1:])) and torch.equal(F.invert(hr[1:]), G.invert(hr[1:]))

@@ -187,15 +187,6 @@ def test_the_crops_of_a_patch_come_from_different_places_in_it():
     assert all(places) and places[0] != places[1] and places[2] != places[3]
 
 
-def test_remix_changes_the_crops_before_they_are_labelled_and_nothing_else(monkeypatch):
-    changes = ["permute", "gamma"]
-    (*before, z, z_out, F_in, F_out), (*after, changed, z_out2, F_in2, F_out2) = draw(), draw(remix=changes)
-    assert equal([*before, z_out, F_in.masks, F_out.masks], [*after, z_out2, F_in2.masks, F_out2.masks])
-    assert changed.shape == z.shape and not torch.equal(changed, z)
-    monkeypatch.setattr(train, "remix", lambda z, names: -z if names == changes else None)
-    assert torch.equal(draw(remix=changes)[2], -z)
-
-
 def test_the_parts_of_several_processes_are_the_whole_batch():
     _, _, c = networks(crops=2, consistency="both", p=0.5, batch=4)
     parts = [train.sample_batch(Pairs(c), c, 0, rank, world=2) for rank in range(2)]
@@ -229,7 +220,7 @@ def test_settings_of_the_paper(teacher, scale, rec, zoom_out, crops, p):
     ("zoom_in", True, dict(method="kd")), ("zoom_out", True, dict(method="kd")),
     ("consistency", "zoom_in", dict(method="kd")), ("ops", ["hflip"], dict(method="kd")),
     ("p", 0.5, dict(method="kd")), ("crops", 2, dict(zoom_in=False)), ("lambda_feature", 1.0, {}),
-    ("zoom_out_rec", True, dict(lambda_rec=0)), ("remix", ["gamma"], dict(zoom_in=False))])
+    ("zoom_out_rec", True, dict(lambda_rec=0))])
 def test_a_flag_without_effect_is_refused(name, value, settings):
     with pytest.raises(train.ConfigError, match=f"{train.flag(name)} would have no effect"):
         networks(**settings, **{name: value})
