@@ -31,8 +31,8 @@ from tqdm import tqdm
 import data
 import evaluate
 import models
-from dukd import (InvertibleAugmentation, at_loss, dukd_loss, fakd_loss, fitnet_loss, tapped, together, zoom_in,
-                  zoom_out)
+from dukd import (InvertibleAugmentation, at_loss, dukd_loss, fakd_loss, fitnet_loss, tapped, together,
+                  zoom_in, zoom_out)
 
 # A method is a row of defaults. Every flag overrides its entry, so the terms of several methods combine.
 METHODS = {
