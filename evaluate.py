@@ -12,7 +12,6 @@ shaved off each edge. Luma Y is BT.601's in 16–235, not rounded. SSIM has an 1
 import argparse
 import contextlib
 import ctypes
-import difflib
 import json
 import shlex
 import subprocess
@@ -181,8 +180,7 @@ def pictures_of(rows, pairs, options):
     """{"HR" and the rows' labels: picture} for a figure of --image, a name in `pairs` or an index."""
     choices = {str(i): name for i, name in enumerate(pairs)} | {name: name for name in pairs}
     if options.image not in choices:
-        near = difflib.get_close_matches(options.image, pairs, 1, cutoff=0)[0]
-        raise data.DataError(f"--image {options.image} is not in {options.data[0]}; did you mean {near}?")
+        raise data.DataError(f"--image {options.image} is not in {options.data[0]}: name one of its pictures")
     name = choices[options.image]
     lr, hr = pairs[name]
     return dict(HR=hr) | {label: enlarge(row, name, lr, options) for label, row in rows.items()}
@@ -291,14 +289,10 @@ def write_picture(path, image):
 
 # ---------------------------------------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
-    """argparse with errors in one line, which suggest the nearest flag for an unknown one."""
+    """argparse with errors in one line."""
 
     def error(self, message):
-        if message.startswith("unrecognized arguments"):
-            flag = message.split()[2].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1) or ["--help"]
-            message += f"; did you mean {near[0]}?"
-        self.exit(2, f"error: {' '.join(message.split())}\n")
+        self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
 
 
 def parse(argv):
@@ -319,7 +313,7 @@ def parse(argv):
     p.add_argument("--bench", nargs="?", type=int, const=10, metavar="N", help="time networks, N turns [10]")
     o = p.parse_args(argv)
     if not (o.models or o.sr) or not (o.data or o.input or o.output or o.bench is not None):
-        p.error("name models, and --data to score, --input and --output to upscale, or --bench (see --help)")
+        p.error("name models, and --data to score, --input and --output to upscale, or --bench")
     if bool(o.input) != bool(o.output):
         p.error(f"{'--output' if o.input else '--input'} is missing: pictures go from --input to --output")
     if o.input and (len(o.models) != 1 or o.sr):

@@ -212,7 +212,7 @@ def test_figure_by_command_line_takes_a_name(place, capsys, tmp_path):
         pictures.append(iio.imread(tmp_path / "f.png"))
     assert pictures[0].shape == (3 * 40 + 64, 3 * (3 * 40 + 6) - 6, 3)
     assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
-    assert "did you mean bird?" in error(capsys, *words, "brid")
+    assert "--image brid is not in" in error(capsys, *words, "brid")
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
