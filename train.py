@@ -292,14 +292,11 @@ class Run:
         self.step, self.psnr, self.best, self.bicubic, self.log_bytes = 0, math.nan, -math.inf, math.nan, 0
 
     def score(self, net, name):
-        """Mean PSNR on Y over the held-out pictures of a network in float32, or of bicubic where it is None.
+        """Mean PSNR on Y over the held-out pictures of a network in float32, or of "bicubic".
         Keeps the first picture under that name."""
-        scores = []
+        scores, as_is = [], dict(scale=self.c.scale, device=self.device, tile=512, self_ensemble=False)
         for _, lr, hr in tqdm(self.held, desc=f"held-out pictures, {name}", leave=False, delay=1, ncols=80):
-            if net is None:
-                sr = data.imresize(lr, self.c.scale)
-            else:
-                sr = evaluate.to_uint8(evaluate.upscale(net, evaluate.to_tensor(lr, self.device), tile=512))
+            sr = evaluate.enlarge(net, name, lr, argparse.Namespace(**as_is))
             if not scores:
                 self.pictures[name] = sr
             scores.append(evaluate.psnr_y(sr, hr, self.c.scale))
@@ -307,13 +304,11 @@ class Run:
 
     def log(self, validating):
         """Adds a row to log.csv: the mean terms since the last row, the held-out PSNR. Returns the mean loss.
-        ConfigError where a term is NaN or infinite: last.ckpt is older, and good."""
+        ConfigError where a weight is NaN or infinite: last.ckpt is older, and good."""
         terms, self.terms = torch.stack(self.terms).cpu(), []
-        if broken := (~terms.isfinite()).nonzero().tolist():
-            row, term = broken[0]
-            name, step = [*term_weights(self.c), "total"][term], self.step - len(terms) + 1 + row
-            raise ConfigError(f"the term {name} is {terms[row, term]} at step {step}; {self.out} keeps the "
-                              "last good state. A lower --lr or --precision float32 may help")
+        if not torch.nn.utils.get_total_norm(self.weights).isfinite():
+            raise ConfigError(f"the weights are not finite after step {self.step}; {self.out} keeps the last "
+                              "good state. A lower --lr or --precision float32 may help")
         if self.rank == 0:
             if validating:
                 self.psnr = self.score(self.ema, "student")
@@ -328,9 +323,6 @@ class Run:
         """Writes student.pt, best.pt where it is the best, and then last.ckpt, all that --resume needs."""
         if self.rank > 0:
             return
-        if not all(w.isfinite().all() for w in self.weights):
-            raise ConfigError(f"the weights are not finite at step {self.step}; {self.out} keeps the last "
-                              "good state")
         raw = self.student.state_dict()
         models.save(self.out / "student.pt", self.ema, raw)
         if self.psnr > self.best:
@@ -468,7 +460,7 @@ def start(run, command):
         if net:
             size = models.parameters(net) / 1e6
             print(f"{role} {models.describe(net.config)}: {size:.2f} M parameters", flush=True)
-    run.bicubic = run.score(None, "bicubic")
+    run.bicubic = run.score("bicubic", "bicubic")
     teacher = f", teacher {run.score(run.teacher, 'teacher'):.2f} dB" if run.teacher else ""
     print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB{teacher}")
     print(f"run     {c.out}: {c.steps} steps of {c.batch} on {run.device} in {c.precision}; "
@@ -497,11 +489,6 @@ def finish(run):
 def accelerate(run):
     """Makes run.gradients as fast as the device allows. The results change by rounding only."""
     c, cuda = run.c, run.device.type == "cuda"
-    run.student.train()
-    if c.precision == "bfloat16" and isinstance(run.teacher, models.SRNetwork):
-        for m in run.teacher.modules():  # autocast would convert these weights in every step
-            if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)):
-                m.to(torch.bfloat16)
     if not (cuda if c.compile is None else c.compile):
         return
     networks = [net for net in (run.teacher, run.student) if net]

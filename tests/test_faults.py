@@ -143,7 +143,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, stopped, c
 def test_nan_stops_the_run_and_the_last_checkpoint_stays(whole, stopped, capsys, monkeypatch):
     rate = train.learning_rate
     monkeypatch.setattr(train, "learning_rate", lambda step, c: float("nan") if step == 6 else rate(step, c))
-    assert "the term rec is nan at step 8" in error(capsys, stopped)
+    assert "the weights are not finite after step 7" in error(capsys, stopped)
     monkeypatch.undo()
     train.main(["--resume", "--out", str(stopped)])
     assert_same_outcome(whole, stopped)
