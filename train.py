@@ -294,9 +294,10 @@ class Run:
     def score(self, net, name):
         """Mean PSNR on Y over the held-out pictures of a network in float32, or of "bicubic".
         Keeps the first picture under that name."""
-        scores, as_is = [], dict(scale=self.c.scale, device=self.device, tile=512, self_ensemble=False)
+        options = argparse.Namespace(scale=self.c.scale, device=self.device, tile=512, self_ensemble=False)
+        scores = []
         for _, lr, hr in tqdm(self.held, desc=f"held-out pictures, {name}", leave=False, delay=1, ncols=80):
-            sr = evaluate.enlarge(net, name, lr, argparse.Namespace(**as_is))
+            sr = evaluate.enlarge(net, name, lr, options)
             if not scores:
                 self.pictures[name] = sr
             scores.append(evaluate.psnr_y(sr, hr, self.c.scale))
