@@ -13,7 +13,6 @@ Parameter names are those of BasicSR (EDSR, RCAN) and of SwinIR's authors, so fi
 """
 import contextlib
 import copy
-import difflib
 import math
 import os
 import re
@@ -303,7 +302,7 @@ NAMES_HELP = ("edsr, edsr_baseline, rcan, swinir, or any size: edsr_c64b32 (chan
 
 
 def parse(name, scale):
-    """The config of a model name (NAMES_HELP). CheckpointError, with the nearest name, for an unknown one."""
+    """The config of a model name (NAMES_HELP). CheckpointError for an unknown one."""
     spelled, n = PRESETS.get(name, name), r"([1-9]\d*)"
     if m := re.fullmatch(rf"edsr_c{n}b{n}(?:r(\d*\.?\d+))?", spelled):
         res_scale = float(m[3]) if m[3] else None
@@ -312,9 +311,7 @@ def parse(name, scale):
         return dict(arch="rcan", scale=scale, channels=int(m[1]), blocks=int(m[2]), groups=int(m[3]))
     if (m := re.fullmatch(rf"swinir_c{n}s{n}", spelled)) and int(m[2]) % 6 == 0:
         return dict(arch="swinir", scale=scale, channels=int(m[1]), stages=int(m[2]) // 6)
-    near = difflib.get_close_matches(name, ["small", *PRESETS, *PAPER_STUDENTS.values()], 1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise CheckpointError(f"unknown model '{name}'.{hint} Known: {NAMES_HELP}")
+    raise CheckpointError(f"unknown model '{name}'; known: {NAMES_HELP}")
 
 
 def from_config(config):

@@ -69,7 +69,7 @@ def refused(main, words, place, monkeypatch, capfd):
     ("--scale 5", "--scale"),
     ("--init nowhere.pt", "nowhere.pt"),
     ("--init x2.pt", "--init x2.pt does not fit the student"),
-    ("--student edsr_basline", "Did you mean edsr_baseline?"),
+    ("--student edsr_basline", "unknown model 'edsr_basline'"),
     ("--data nowhere", "nowhere does not exist"),
     ("--data empty", "empty has no images"),
     ("--data .", ". has no images"),
