@@ -80,3 +80,6 @@ def test_its_rows_of_studies_are_made_from_the_records(monkeypatch):
     import study
     rows = re.findall(r"^\| \d+ \| .*", README, re.M)
     assert rows and not {*rows} - {line for name in study.STUDIES for line in study.table(name)}
+    for arm in {*study.METHODS} - {study.KD}:
+        gains = [study.gain(arm, study.KD, n, "best", "B100") for n in (2, 8, 32, 128, study.ALL)]
+        assert f"| {study.LABELS[arm]} | {' | '.join(gains)} |" in README
