@@ -200,7 +200,7 @@ def provenance(command, device):
 def bench(rows, options):
     """Prints a line of JSON a network: its time for one whole picture of 1280×720, the field's convention.
     The networks take turns, so that a slow spell of the machine slows all of them. ratio: median over the
-    first network's. peak_memory_gib: of this network on a GPU, of the whole process so far on the CPU."""
+    first network's."""
     h, w, device = 720 // options.scale, 1280 // options.scale, options.device
     x = torch.rand(1, 3, h, w).to(device, memory_format=torch.channels_last)
     times, peaks = {name: [] for name in rows}, {}
@@ -221,12 +221,8 @@ def bench(rows, options):
 
 
 def peak_memory(device):
-    """The most GiB held so far: by torch on a GPU, else by this process (None on Windows)."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 3)
-    with contextlib.suppress(ImportError):
-        from resource import RUSAGE_SELF, getrusage  # not on Windows; macOS counts bytes, Linux KiB
-        return round(getrusage(RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20), 3)
+    """The most GiB of a GPU that torch has held so far. None on the CPU."""
+    return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 3) if device.type == "cuda" else None
 
 
 def keep_freed_memory():

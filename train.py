@@ -136,8 +136,8 @@ def losses(student, teacher, batch, c):
     s_taps, t_taps = (net.taps if c.lambda_feature else () for net in (student, teacher))
     with torch.autocast(lr.device.type, torch.bfloat16, enabled=c.precision == "bfloat16"):
         with torch.no_grad(), tapped(teacher, t_taps) as t_features:
-            asked = lr if c.lambda_kd or c.lambda_feature else None
-            t_lr, t_in, t_out = together(teacher, asked, z_in, z_out if c.zoom_out else None)
+            x = lr if c.lambda_kd or c.lambda_feature else None
+            t_lr, t_in, t_out = together(teacher, x, z_in, z_out if c.zoom_out else None)
         with tapped(student, s_taps) as s_features:
             s_lr, s_in, s_out = together(student, lr, F_in.apply(z_in), F_out.apply(z_out))
 
