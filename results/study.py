@@ -2,6 +2,7 @@
 
     python results/study.py A B --data DIR    DIR holds train/, Set5/, Set14/ and B100/
     python results/study.py A B --report      prints the tables of the runs that are there
+    python results/study.py G --report --over FAKD    compares with another arm than KD
     python results/study.py --plot            draws results/few_images.png (needs matplotlib)
 
 A run that has its record in results/study_*.json is skipped. A run that was stopped goes on.
@@ -44,7 +45,8 @@ BASELINES = {
 WEIGHTS = {
     f"{KD} --lambda-rec 5": "KD, λ_rec 5", EQUAL: "zoom-in with F, λ_rec 1",
     f"{DUKD} --lambda-rec 1": "DUKD, λ_rec 1"}
-LABELS = TERMS | BASELINES | WEIGHTS
+LONGER = {f"{KD} --steps 8000": "KD, 8,000 steps"}
+LABELS = TERMS | BASELINES | WEIGHTS | LONGER
 BIG = f"{SCRATCH} --student edsr_baseline --batch 8 --patch 32 --lr 5e-4"  # study D's own teachers
 ABLATIONS = [
     "--ops hflip", "--ops vflip", "--ops transpose", "--ops invert",
@@ -75,7 +77,7 @@ SAME = f"--teacher {folder(BIG, 2, '{seed}')}/best.pt"
 STUDIES = {
     "A": grid(KD, [*TERMS], [2], 5),
     "B": grid(KD, METHODS, [2, 8, 32, 128, ALL], 3),
-    "C": grid(KD, [KD, f"{KD} --steps 8000", DUKD], [2], 5),
+    "C": grid(KD, [KD, *LONGER, EQUAL, DUKD], [2], 5),
     "D-poor-teacher": grid("", [f"{BIG} --steps 600"], [ALL], 1),  # before D-poor
     "D-same-teacher": grid("", [BIG], [2], 3),  # before D-same
     "D-poor": variants([KD, DUKD], POOR, 2, 3),
@@ -212,9 +214,11 @@ def gain(arm, reference, n, when, where):
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
-def table(study):
-    """The lines of a study's table, in Markdown. Scores: mean ± standard deviation over the seeds."""
+def table(study, over=None):
+    """The lines of a study's table, in Markdown. Scores: mean ± standard deviation over the seeds.
+    Differences are to the study's reference, or to the arm with the label `over`."""
     reference, runs = STUDIES[study]
+    reference = next((arm for arm in LABELS if LABELS[arm] == over), reference)
     label = LABELS.get(reference, reference)
     yield ("| n | arm | seeds | held out: best, end | Set5 | Set14 | B100: best, end | "
            f"B100 over {label}: best [95 %] | end [95 %] |")
@@ -267,6 +271,8 @@ def main():
     parser.add_argument("--data", type=Path, default=Path(), metavar="DIR", help="[.]")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time [one a core]")
     parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--over", choices=LABELS.values(), metavar="ARM",
+                        help="the arm that the others are compared with [KD; F: DUKD]")
     parser.add_argument("--plot", action="store_true")
     options = parser.parse_args()
     if unknown := {*options.studies} - {*STUDIES, "E"}:
@@ -276,7 +282,7 @@ def main():
     for study in options.studies:
         if study != "E" and not options.report:
             run(study, place, options.jobs)
-        print(f"\n{study}", *(robustness() if study == "E" else table(study)), sep="\n")
+        print(f"\n{study}", *(robustness() if study == "E" else table(study, options.over)), sep="\n")
     if options.plot:
         plot()
 

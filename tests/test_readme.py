@@ -48,6 +48,7 @@ def test_its_flags_exist(capsys):
         with pytest.raises(SystemExit):
             parse(["--help"])
     known = re.findall(r"(?:^ +|, )(--[\w-]+)", capsys.readouterr().out, re.M)
+    known += re.findall(r'"(--\w+)"', (ROOT / "results/study.py").read_text(encoding="utf-8"))
     known += ["--index-url", "--nproc_per_node"]  # of pip and torchrun
     assert not {*re.findall(r"(?<![\w-])--[a-z][\w-]*", README)} - {*known}
 
