@@ -34,7 +34,6 @@ class DataError(ValueError):
     """An image or a folder that cannot be used. The message says which, why, and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------- reading
 def read_picture(path):
     """The picture in a file as uint8 (H,W,C): C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
     Palettes and CMYK become RGB, 16-bit grey is scaled to 8 bits, EXIF rotation is applied. DataError, naming
@@ -93,7 +92,6 @@ def embedded_val():
     return find_images(PHOTOGRAPHS / name for name in ["coffee.png", "chelsea.png", "coins.png"])
 
 
-# ---------------------------------------------------------------------------------------------- LR/HR pairs
 def imresize(image, factor):
     """MATLAB's `imresize(image, factor)`, bicubic and antialiased. Sizes become ⌈n·factor⌉.
     uint8 array (H,W) or (H,W,C): bit-exact with MATLAB, which resizes the rows, rounds half up to uint8, and
@@ -149,7 +147,6 @@ def match_lr(paths, lr_places, scale):
     return matched
 
 
-# ---------------------------------------------------------------------------------------------- the store
 @dataclass
 class Store:
     """All training images, decoded: one flat array of pixels, and two tables of where each image lies."""

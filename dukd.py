@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as nnf
 
 
-# ------------------------------------------------------------------------------------------------ upcycling
 def zoom_in(hr, size, generator=None):
     """New LR inputs: one crop of the LR patch's size at a random place of each HR patch (paper, zoom-in).
     hr: I_HR (N,C,H,W). size: h, or (h, w). generator: on hr's device. Returns z (N,C,h,w), a copy.
@@ -73,7 +72,6 @@ def bicubic_resize(x, factor, dims=(-2, -1)):
     return x
 
 
-# --------------------------------------------------------------------------------------------- augmentation
 class InvertibleAugmentation:
     """F and F⁻¹: for each sample a subset of horizontal flip, vertical flip, transpose, colour inversion.
     With the flips, transposing reaches all rotations by 90°. F applies its operations in the order of `ops`,
@@ -125,7 +123,6 @@ class InvertibleAugmentation:
         return torch.where(mask.view(-1, 1, 1, 1).to(x.device), operate(x), x)
 
 
-# --------------------------------------------------------------------------------------------------- losses
 def dukd_loss(student_z, teacher_z, augmentation=None):
     """One upcycled input's part of L_dukd: |F⁻¹(f_S(F(z))) − f_T(z)|, a scalar.
     student_z: f_S(F(z)) (N,C,s·h,s·w), carries the gradient. teacher_z: f_T(z), of z before F, carries none.
@@ -158,7 +155,6 @@ def fakd_loss(student, teacher):
     return nnf.l1_loss(affinity(student), affinity(teacher.detach()))
 
 
-# ------------------------------------------------------------------------------------------------- forwards
 def together(net, *inputs):
     """[net(x) for each of the inputs] in float32, None for None. Inputs of one size share a forward."""
     outputs = [None] * len(inputs)

@@ -30,7 +30,6 @@ import data
 import models
 
 
-# ---------------------------------------------------------------------------------------------- metrics
 def luma(rgb):
     """Y of MATLAB's rgb2ycbcr: uint8 (H,W,3) to float64 (H,W) in 16–235, not rounded."""
     return rgb.astype(np.float64) @ (np.array([65.481, 128.553, 24.966]) / 255) + 16
@@ -63,7 +62,6 @@ def published_bicubic(hr, scale):
     return np.floor(sr.clip(0, 255) + 0.5), y
 
 
-# ---------------------------------------------------------------------------------------------- networks
 def to_tensor(image, device="cpu"):
     """uint8 (H,W,3) to float (1,3,H,W) in [0,1]."""
     return torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None].float() / 255
@@ -123,7 +121,6 @@ def enlarge(row, name, lr, options):
     return to_uint8(self_ensemble(f, x) if options.self_ensemble else f(x))
 
 
-# ---------------------------------------------------------------------------------------------- tables
 def read_result(place, name, lr, s):
     """The picture in `place` for an HR picture baby: babyx4, baby_x4, baby_ANY_x4, baby or baby_ANY."""
     forms = (name, f"{name}x{s}")
@@ -177,11 +174,10 @@ def evaluate(rows, options):
 
 
 def pictures_of(rows, pairs, options):
-    """{"HR" and the rows' labels: picture} for a figure of --image, a name in `pairs` or an index."""
-    choices = {str(i): name for i, name in enumerate(pairs)} | {name: name for name in pairs}
-    if options.image not in choices:
-        raise data.DataError(f"--image {options.image} is not in {options.data[0]}: name one of its pictures")
-    name = choices[options.image]
+    """{"HR" and the rows' labels: picture} for a figure of --image, a name in `pairs`."""
+    name = options.image or next(iter(pairs))
+    if name not in pairs:
+        raise data.DataError(f"--image {name} is not in {options.data[0]}: name one of its pictures")
     lr, hr = pairs[name]
     return dict(HR=hr) | {label: enlarge(row, name, lr, options) for label, row in rows.items()}
 
@@ -232,7 +228,6 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-# ---------------------------------------------------------------------------------------------- pictures
 def figure(pictures, scale):
     """The same crop of each picture side by side, each with its label and Y-PSNR: uint8 (H,W,3).
     pictures: {label: uint8 (h,w,3)}, HR first, h and w multiples of s. The crop of 96 pixels a side lies
@@ -283,7 +278,6 @@ def write_picture(path, image):
         raise data.DataError(f"{path} cannot be written: {e.strerror or e}") from None
 
 
-# ---------------------------------------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
     """argparse with errors in one line."""
 
@@ -299,7 +293,7 @@ def parse(argv):
     p.add_argument("--scale", type=int, choices=models.SCALES, help="s, where no checkpoint tells it")
     p.add_argument("--json", metavar="FILE", help="write the table and each image's figures")
     p.add_argument("--figure", metavar="FILE", help="write crops of HR and of each row, side by side")
-    p.add_argument("--image", default="0", metavar="NAME", help="the picture of the first set in --figure")
+    p.add_argument("--image", metavar="NAME", help="a picture of the first set for --figure [its first]")
     p.add_argument("--input", metavar="FILE|DIR", help="pictures to upscale")
     p.add_argument("--output", metavar="FILE|DIR", help="where the upscaled pictures are written")
     p.add_argument("--tile", type=int, default=256, help="LR pixels a side of a tile; 0: no tiles [256]")

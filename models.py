@@ -71,7 +71,6 @@ class SRNetwork(nn.Module):
             return y.to(self.mean.dtype) / self.img_range + self.mean
 
 
-# ---------------------------------------------------------------------------------------------- EDSR
 class ResidualBlock(nn.Module):
     def __init__(self, channels, res_scale):
         super().__init__()
@@ -99,7 +98,6 @@ class EDSR(SRNetwork):
         self.receptive_radius = 2 * blocks + 4  # one pixel for each convolution at LR size, less than 2 after
 
 
-# ---------------------------------------------------------------------------------------------- RCAN
 class RCAB(nn.Module):  # residual channel attention block
     def __init__(self, c, reduction):
         super().__init__()
@@ -142,7 +140,6 @@ class RCAN(SRNetwork):
         self.taps = ["conv_first", f"body.{groups // 3}", f"body.{2 * groups // 3}", "conv_after_body"]
 
 
-# ---------------------------------------------------------------------------------------------- SwinIR
 def mirror(x, multiple, minimum=1):
     """Extends x (N,c,h,w) below and to the right to multiples of `multiple`, by np.pad's "reflect"."""
     for dim in (-2, -1):
@@ -290,7 +287,6 @@ class SwinIR(SRNetwork):
         return buffers | {f"{name}.attn_mask": mask for name in layers}
 
 
-# ---------------------------------------------------------------------------------------------- names
 ARCHITECTURES = {"edsr": EDSR, "rcan": RCAN, "swinir": SwinIR}
 BLOCKS = (ResidualBlock, RCAB, SwinLayer)  # what each network repeats: the parts worth compiling
 PRESETS = {"edsr": "edsr_c256b32", "edsr_baseline": "edsr_c64b16", "rcan": "rcan_c64b20g10",
@@ -360,7 +356,6 @@ def describe(config):
     return " ".join([config["arch"], *sizes])
 
 
-# ---------------------------------------------------------------------------------------------- files
 @contextlib.contextmanager
 def replacing(path):
     """Yields a binary file that takes the place of `path` once it is whole and on the disk.

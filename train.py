@@ -110,7 +110,6 @@ class Config:
     bench: int = option(0, "time N steps, print one line of JSON, write nothing", metavar="N", type=COUNT)
 
 
-# ----------------------------------------------------------------------------------------------- one update
 def sample_batch(patches, c, step, rank=0, world=1):
     """(I_LR, I_HR, z of zoom-in, z of zoom-out, the F of each z). A z that no term needs is None.
     All that is random is a function of (seed, step): every process draws the same batch and returns its part.
@@ -197,7 +196,6 @@ def average_over_processes(tensors):
         t.copy_(mean.view_as(t))
 
 
-# ------------------------------------------------------------------------------------------------- the loop
 def train(c, command=""):
     """One run, from a Config to a student in its folder. Returns the Run.
     ConfigError, DataError, CheckpointError or OSError where settings or files cannot be used."""
@@ -245,7 +243,6 @@ def agreed(stop, run):
     return flag.item() > 0
 
 
-# -------------------------------------------------------------------------------------------------- the run
 class ConfigError(ValueError):
     """A setting that cannot be used. The message says which, why, and what to do."""
 
@@ -486,7 +483,6 @@ def finish(run):
         print(f"in {run.out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
 
 
-# ------------------------------------------------------------------------------------- faster, and how fast
 def accelerate(run):
     """Makes run.gradients as fast as the device allows. The results change by rounding only."""
     c, cuda = run.c, run.device.type == "cuda"
@@ -554,7 +550,6 @@ def bench(run, command):
     return run
 
 
-# ----------------------------------------------------------------------------------------- the command line
 GROUPS = dict(teacher="networks and images", steps="training (paper, section 4.1)",
               lambda_rec="losses (paper, section 3; values in brackets: the paper's)", device="how it runs")
 MAY_CHANGE = {"out", "resume", "device", "compile", "cache", "val_every"}  # with --resume

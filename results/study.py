@@ -91,7 +91,6 @@ STUDIES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- running
 def prepare(place):
     """Puts the held-out images, and B100 after three operations of F, into RUNS. Returns all other images."""
     held_names = json.loads((RESULTS / "edsr_baseline.json").read_text())["training"]["held_out"]
@@ -190,7 +189,6 @@ def run(study, place, jobs):
         executor.shutdown(cancel_futures=True)  # after a signal or an error no further run begins
 
 
-# ----------------------------------------------------------------------------------------------- reporting
 def psnrs(arm, n, when, where):
     """{seed: PSNR} of the runs of an arm. when: best or end. where: held_out or a test set."""
     return {seed: r[when][where] if where == "held_out" else r[when][where]["psnr"]

@@ -26,7 +26,6 @@ def refused(call, *words):
     assert "\n" not in message and all(str(word) in message for word in words), message
 
 
-# ---------------------------------------------------------------------------------------------- imresize
 def cubic(d):
     """The cubic kernel, a = −1/2, of a fraction."""
     d = abs(d)
@@ -100,7 +99,6 @@ def test_imresize_takes_views_and_float_tensors_and_nothing_else():
 
 
 
-# ---------------------------------------------------------------------------------------------- reading
 @pytest.mark.parametrize("name, mode", [("a.png", mode) for mode in ("1", "L", "LA", "RGB", "RGBA")] + [
     (name, "RGB") for name in ("a.bmp", "a.tif", "a.ppm", "a.TIFF")])
 def test_pictures_are_read_as_they_are(tmp_path, name, mode, recwarn):
@@ -182,7 +180,6 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, name, recwarn
     assert not recwarn.list
 
 
-# ---------------------------------------------------------------------------------------------- finding files
 def touch(folder, *names):
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -209,7 +206,6 @@ def test_the_embedded_photographs(monkeypatch, tmp_path):
     refused(data.embedded_val, "coffee.png does not exist")
 
 
-# ---------------------------------------------------------------------------------------------- pairs
 @pytest.mark.parametrize("s, h, w", [(2, 6, 5), (3, 4, 3), (4, 3, 2)])
 def test_a_pair_is_cropped_at_the_bottom_and_right_and_its_lr_made_or_read(tmp_path, s, h, w):
     image, given = noise(13, 10, 3), noise(h, w, 3, seed=9)
@@ -242,7 +238,6 @@ def test_lr_files_that_are_missing_or_named_alike_are_named(tmp_path):
     refused(lambda: data.match_lr(hr, [one, two], 4), one / "0001x4.png", two / "0001x4.png")
 
 
-# ---------------------------------------------------------------------------------------------- the store
 @pytest.fixture
 def files(tmp_path):
     shapes = [(9, 12), (8, 8), (17, 10), (8, 31)] * 3
@@ -324,7 +319,6 @@ def test_two_runs_at_once_do_not_disturb_each_other(files, build, monkeypatch):
         assert_holds(store, files)
 
 
-# ---------------------------------------------------------------------------------------------- patches
 def coded_patches(shapes, patch, s, device="cpu"):
     """Patches of pictures whose pixels are (row, column, image); in HR, images count from 128."""
     pixels, tables, first = [], ([], []), 0

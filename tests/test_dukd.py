@@ -32,7 +32,6 @@ def same(a, b, atol=1e-6):
     return torch.allclose(a, b, rtol=0, atol=atol)
 
 
-# ---------------------------------------------------------------------------------------------- augmentation
 def all_sixteen(ops=OPS):
     """A batch of 16 in which each sample has another subset of the operations."""
     return InvertibleAugmentation(ops, torch.tensor(COMBINATIONS).T)
@@ -114,7 +113,6 @@ def test_masks_move_to_the_device_of_x():
     assert InvertibleAugmentation.sample(16, device=device).masks.device.type == device
 
 
-# ---------------------------------------------------------------------------------------------- zoom in
 def coordinates(n, H, W):
     """Pictures (n,3,H,W) whose pixels hold (row, column, sample)."""
     sample, row, column = torch.meshgrid(*(torch.arange(float(k)) for k in (n, H, W)), indexing="ij")
@@ -149,7 +147,6 @@ def test_zoom_in_returns_a_copy_and_depends_on_its_generator_alone():
     assert torch.equal(hr, uniform(20, 5, 30, 30))
 
 
-# ---------------------------------------------------------------------------------------------- zoom out
 def cubic(d):
     """The cubic kernel, a = −1/2."""
     d = abs(d)
@@ -230,7 +227,6 @@ def test_zoom_out_reduces_by_s_and_keeps_constants(scale):
     assert same(zoom_out(torch.full_like(lr, 0.7), scale), torch.full_like(z, 0.7))
 
 
-# ---------------------------------------------------------------------------------------------- mistakes
 @pytest.mark.parametrize("message, function, arguments", [
     ("'rot'; known: hflip, vflip, transpose, invert", InvertibleAugmentation.sample, (2, ("hflip", "rot"))),
     ("twice: vflip, vflip", InvertibleAugmentation.sample, (2, ("vflip", "vflip"))),
@@ -246,7 +242,6 @@ def test_mistakes_are_named(message, function, arguments):
         function(*arguments)
 
 
-# ---------------------------------------------------------------------------------------------- losses
 def test_dukd_loss_by_hand():
     """F⁻¹ inverts, transposes, flips: [[0, 1], [.5, .25]], [[0, .5], [1, .25]], [[.5, 0], [.25, 1]]."""
     student = torch.tensor([[[[1.0, 0.0], [0.5, 0.75]]]])
@@ -300,7 +295,6 @@ def test_feature_losses_are_float32_and_finite_for_dead_features(name):
     assert loss.dtype == torch.float32 and loss.isfinite() and student.grad.isfinite().all()
 
 
-# ---------------------------------------------------------------------------------------------- forwards
 def test_together_makes_one_forward_per_size_and_keeps_the_order():
     a, b, c = uniform(2, 3, 4, 4), uniform(1, 3, 6, 4, seed=1), uniform(3, 3, 4, 4, seed=2).requires_grad_()
     calls = []
@@ -347,7 +341,6 @@ def test_tapped_leaves_no_hooks_after_an_exception(names, error):
     assert hooks(net) == 0
 
 
-# ---------------------------------------------------------------------------------------------- copying out
 def copied(*names):
     """The last of some functions of dukd.py, run where only they and torch are known."""
     namespace = dict(torch=torch, nnf=nnf, math=math)

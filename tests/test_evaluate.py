@@ -47,7 +47,6 @@ def error(capsys, *words):
     return text[0]
 
 
-# ---------------------------------------------------------------------------------------------- metrics
 def test_luma_is_bt601():
     colours = np.array([[[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255]]], np.uint8)
     assert evaluate.luma(colours)[0] == pytest.approx([16, 235, 81.481, 144.553, 40.966])
@@ -98,7 +97,6 @@ def test_published_bicubic_resizes_the_rounded_luma_alone():
     assert evaluate.psnr_y(sr, plane, 4) == pytest.approx(10 * math.log10(255 ** 2 / mse))
 
 
-# ---------------------------------------------------------------------------------------------- networks
 def test_to_uint8_rounds_half_up_and_clips():
     x = torch.tensor([-1.0, 0.0, 0.4999 / 255, 0.5001 / 255, 1.0, 9.0]).view(1, 1, 1, 6).repeat(1, 3, 1, 1)
     assert evaluate.to_uint8(x)[0, :, 0].tolist() == [0, 0, 0, 1, 255, 255]
@@ -141,7 +139,6 @@ def test_self_ensemble_by_hand():
     assert torch.allclose(evaluate.self_ensemble(lambda y: y, picture), picture)
 
 
-# ---------------------------------------------------------------------------------------------- tables
 def test_table_and_json(place, capsys, tmp_path):
     file = tmp_path / "new" / "t.json"
     out = run(capsys, place / "a.pt", "bicubic", "--data", place / "set", "--json", file)
@@ -189,7 +186,6 @@ def test_bench_takes_turns(place, capsys, monkeypatch):
     assert a["ratio"] == 1 and 0 < a["ms_min"] <= a["ms"] and a["precision"] == "bfloat16"
 
 
-# ---------------------------------------------------------------------------------------------- pictures
 def test_figure_shows_one_crop_of_each_picture():
     """The only texture lies at rows and columns 160 to 255: bicubic errs most there."""
     hr = np.full((320, 320, 3), 128, np.uint8)
@@ -205,14 +201,14 @@ def test_figure_shows_one_crop_of_each_picture():
 
 
 def test_figure_by_command_line_takes_a_name(place, capsys, tmp_path):
-    words = [place / "a.pt", "bicubic", "--data", place / "set", "--figure", tmp_path / "f.png", "--image"]
+    words = [place / "a.pt", "bicubic", "--data", place / "set", "--figure", tmp_path / "f.png"]
     pictures = []
-    for image in ("bird", "1", "baby"):
-        run(capsys, *words, image)
+    for image in ([], ["--image", "baby"], ["--image", "bird"]):
+        run(capsys, *words, *image)
         pictures.append(iio.imread(tmp_path / "f.png"))
-    assert pictures[0].shape == (3 * 40 + 64, 3 * (3 * 40 + 6) - 6, 3)
+    assert pictures[2].shape == (3 * 40 + 64, 3 * (3 * 40 + 6) - 6, 3)
     assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
-    assert "--image brid is not in" in error(capsys, *words, "brid")
+    assert "--image brid is not in" in error(capsys, *words, "--image", "brid")
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])

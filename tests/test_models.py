@@ -226,7 +226,6 @@ def test_small_is_the_papers_student_or_half_the_width(teacher, student):
         assert models.from_config(config).config == models.build(student, 3).config
 
 
-# ---------------------------------------------------------------------------------------------- formats
 BLOCK = "layers.0.residual_group.blocks"
 SWIN_LAYER = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
 RCAB = "body.0.residual_group.0.rcab"
@@ -342,7 +341,6 @@ def test_settings_that_shapes_do_not_tell(tmp_path):
         refused(tmp_path / "bare.pt", **other)
 
 
-# ---------------------------------------------------------------------------------------- spandrel and ONNX
 def test_another_packages_network(tmp_path, monkeypatch):
     """A stand-in for spandrel. Its network edits its input and wants multiples of 4, at least 8 pixels."""
     class Foreign(torch.nn.Module):
@@ -384,7 +382,6 @@ def test_onnx_export_takes_any_size():
     same(lambda x: torch.tensor(evaluator.run(None, {"x": x.numpy()})[0]), net, (1, 3, 6, 11))
 
 
-# ---------------------------------------------------------------------------------------------- refusals
 def test_missing_folder_empty_and_truncated_files(tmp_path):
     refused(tmp_path / "nowhere.pt", "No such file")
     refused(tmp_path, "Is a directory")

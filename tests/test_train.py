@@ -57,7 +57,6 @@ def batch_of(run):
     return train.sample_batch(run.patches, run.c, run.step)
 
 
-# --------------------------------------------------------------------------------------------------- losses
 class Pairs:
     """In place of data.Patches: an HR patch is its LR patch with each pixel s times as large."""
 
@@ -254,7 +253,6 @@ def test_an_update_is_adam_on_its_own_gradient_and_averages_the_weights(place, t
     assert not any(p.requires_grad for p in run.ema.parameters())  # the average keeps no graph of the steps
 
 
-# ----------------------------------------------------------------------------------------------------- runs
 def test_a_run_learns_logs_its_terms_and_keeps_what_it_was(place, tmp_path, monkeypatch):
     update, made = train.update, []
     monkeypatch.setattr(train, "update", lambda run, batch: made.append(update(run, batch)) or made[-1])
@@ -341,7 +339,6 @@ def test_bench_writes_nothing_and_a_run_takes_the_next_free_name(place, tmp_path
     assert folders[0] != folders[1] and {folder.parent for folder in folders} == {Path("runs")}
 
 
-# ---------------------------------------------------------------------------------------- several processes
 def child(function, argument, log, before, environment):
     """What a process of `launch` does. Its output goes to the files log1 and log2."""
     os.environ.update(environment)
@@ -375,7 +372,6 @@ def test_two_processes_equal_one(place, tmp_path):
         assert float(a["total"]) == pytest.approx(float(b["total"]), rel=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------- faster
 def steps(run, count):
     """The terms of the first updates, (count,k)."""
     terms = []
