@@ -476,9 +476,7 @@ def finish(run):
     else:
         if "student" not in run.pictures:  # resumed after the last step
             run.score(run.ema, "student")
-        order = ("HR", "bicubic", "student", "teacher")
-        pictures = {name: run.pictures[name] for name in order if name in run.pictures}
-        evaluate.write_picture(run.out / "compare.png", evaluate.figure(pictures, run.c.scale))
+        evaluate.write_picture(run.out / "compare.png", evaluate.figure(run.pictures, run.c.scale))
         print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
         print(f"in {run.out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
 
