@@ -98,7 +98,6 @@ def test_imresize_takes_views_and_float_tensors_and_nothing_else():
         data.imresize(np.zeros((4, 4)), 2)
 
 
-
 @pytest.mark.parametrize("name, mode", [("a.png", mode) for mode in ("1", "L", "LA", "RGB", "RGBA")] + [
     (name, "RGB") for name in ("a.bmp", "a.tif", "a.ppm", "a.TIFF")])
 def test_pictures_are_read_as_they_are(tmp_path, name, mode, recwarn):
