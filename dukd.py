@@ -51,13 +51,13 @@ def zoom_out(lr, scale):
 def bicubic_resize(x, factor, dims=(-2, -1)):
     """MATLAB's `imresize(x, factor, 'bicubic')` of float pictures along `dims`, one after the other.
     When reducing, the cubic kernel (a = −1/2) is stretched by 1/factor, against aliasing. Output sample
-    x = 1, 2, … lies at u = x/factor + ½(1 − 1/factor). Edges repeat symmetrically. Size n becomes ⌈n·factor⌉.
+    k = 1, 2, … lies at u = k/factor + ½(1 − 1/factor). Edges repeat symmetrically. Size n becomes ⌈n·factor⌉.
     Taps are added in MATLAB's order, so float64 rounds alike. Differentiable; no rounding, no clipping."""
     stretch = min(factor, 1.0)
     width = 4 / stretch
     for dim in dims:
         n = x.shape[dim]
-        m = math.ceil(n * factor - 1e-9)  # 3·(1/3) must not round up
+        m = math.ceil(n * factor - 1e-9)  # 50·1.1 must not round up
         u = torch.arange(1, m + 1, dtype=torch.float64, device=x.device) / factor + 0.5 * (1 - 1 / factor)
         taps = torch.arange(math.ceil(width) + 2, device=x.device)
         tap = torch.floor(u - width / 2)[:, None] + taps  # (m,taps)
@@ -67,7 +67,7 @@ def bicubic_resize(x, factor, dims=(-2, -1)):
         weights = (weights / weights.sum(1, keepdim=True)).to(x.dtype)
         index = (tap.long() - 1) % (2 * n)
         index = torch.where(index < n, index, 2 * n - 1 - index)
-        column = [m if axis == dim % x.dim() else 1 for axis in range(x.dim())]  # the weights' shape beside x
+        column = [m if axis == dim % x.dim() else 1 for axis in range(x.dim())]  # broadcasts along dim
         x = sum(w.view(column) * x.index_select(dim, i) for w, i in zip(weights.T, index.T))
     return x
 
@@ -99,7 +99,7 @@ class InvertibleAugmentation:
         return self.masks.shape[1]
 
     def __getitem__(self, samples):
-        """The F of some of the samples: a slice."""
+        """F of a slice of the samples."""
         return InvertibleAugmentation(self.ops, self.masks[:, samples])
 
     def apply(self, x):

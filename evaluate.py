@@ -91,7 +91,7 @@ def upscale(model, x, tile=0):
 
 def tiles_along(n, tile, model):
     """Yields (start, end, weights) of each tile along n LR pixels. It reads [start, end): core and margin.
-    weights (s·(end−start),): 1 in the core, 0 in the margin, divided by their sum over all tiles."""
+    weights (s·(end−start),): 1 in the core, 0 in the margin, fading between; over all tiles their sum is 1."""
     margin, s = min(model.receptive_radius or 32, 96), model.scale
     fade = 0 if margin == model.receptive_radius else 16  # LR pixels on each side of a line between cores
     size = -(-tile // 8) * 8  # of a core; SwinIR's windows of 8 pixels stay in place
@@ -222,7 +222,7 @@ def peak_memory(device):
 
 
 def keep_freed_memory():
-    """Has glibc keep freed memory. Not clearing it again saves 8 to 20 % of the time of large networks."""
+    """Has glibc keep freed memory. To clear it again would cost large networks time."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap, too
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks

@@ -4,7 +4,7 @@ Every network maps (N,3,h,w) to (N,3,s·h,s·w), RGB floats in [0,1], and carrie
     .scale             the factor s
     .config            the constructor's arguments plus "arch", enough to build it again
     .taps              the names of four submodules whose outputs (N,c,h,w) feature distillation compares
-    .receptive_radius  an output pixel depends on no LR pixel farther away (None: it depends on all)
+    .receptive_radius  an output pixel depends on no LR pixel farther away (None: no useful bound)
 
     EDSR   Lim et al., Enhanced Deep Residual Networks for Single Image Super-Resolution, CVPRW 2017
     RCAN   Zhang et al., Image Super-Resolution Using Very Deep Residual Channel Attention Networks, ECCV 2018
@@ -335,7 +335,7 @@ def small(teacher):
 
 
 def parameters(model):
-    """The number of trainable parameters."""
+    """The number of weights and biases."""
     return sum(p.numel() for p in model.parameters())
 
 

@@ -67,7 +67,7 @@ SWITCH, WEIGHT, COUNT = argparse.BooleanOptionalAction, between(0, 1e6), between
 
 @dataclasses.dataclass
 class Config:
-    """Everything that a run depends on. None stands for the paper's value, which `complete` fills in."""
+    """Everything that a run depends on. None stands for the released code's value: see `complete`."""
     teacher: str = option("", "checkpoint of the frozen teacher f_T, of any known format", metavar="FILE")
     student: str = option("small", f"the student f_S: small (the paper's), {models.NAMES_HELP}")
     method: str = option("dukd", "the defaults of the losses", choices=[*METHODS])
@@ -235,7 +235,7 @@ def train(c, command=""):
 
 
 def agreed(stop, run):
-    """Whether to stop. Several processes ask each other, since a signal reaches them at different steps."""
+    """Whether to stop, at a row of log.csv only. Processes agree: a signal comes at different steps."""
     if run.world == 1 or run.step % run.log_every:
         return bool(stop) and run.step % run.log_every == 0
     flag = torch.tensor([float(len(stop))], device=run.device)
@@ -354,8 +354,10 @@ def complete(c, teacher):
     fill(c.lambda_dukd, "--lambda-dukd", zoom_in=True, zoom_out=family == "edsr" or rcan_x3)
     fill(c.lambda_rec, "--lambda-rec", zoom_out_rec=c.zoom_out)
     fill(c.zoom_in, "zoom-in", crops=2 if family == "edsr" and c.scale == 2 else 1)
-    fill(c.zoom_in or c.zoom_out or c.zoom_out_rec, "zoom-in or zoom-out", ops=[*OPERATIONS],
-         consistency="zoom_in" if c.zoom_in else "none", p=0.0 if family == "rcan" and not rcan_x3 else 0.3)
+    fill(c.zoom_in or c.zoom_out or c.zoom_out_rec, "zoom-in or zoom-out",
+         consistency="zoom_in" if c.zoom_in else "none")
+    fill(c.consistency not in ("", "none"), "--consistency",
+         ops=[*OPERATIONS], p=0.0 if family == "rcan" and not rcan_x3 else 0.3)
     return c
 
 
@@ -504,7 +506,7 @@ def accelerate(run):
 class Recorded:
     """A function of a batch as one CUDA graph, which is launched at once instead of kernel by kernel.
     Three calls run as they are, so that the libraries choose their algorithms. The fourth is recorded. From
-    then on a call copies its batch into the recorded one. Gradients stay in place: never set them to None."""
+    then on a call copies its batch into the recorded one. Only `function` may set gradients to None."""
 
     def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, None
@@ -549,7 +551,7 @@ def bench(run, command):
 
 
 GROUPS = dict(teacher="networks and images", steps="training (paper, section 4.1)",
-              lambda_rec="losses (paper, section 3; values in brackets: the paper's)", device="how it runs")
+              lambda_rec="losses (paper, section 3; in brackets: the released code's)", device="how it runs")
 MAY_CHANGE = {"out", "resume", "device", "compile", "cache", "val_every"}  # with --resume
 
 
