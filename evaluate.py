@@ -91,7 +91,7 @@ def upscale(model, x, tile=0):
 
 def tiles_along(n, tile, model):
     """Yields (start, end, weights) of each tile along n LR pixels. It reads [start, end): core and margin.
-    weights (s·(end−start),): 1 in the core, 0 in the margin, fading between; over all tiles their sum is 1."""
+    weights (s·(end−start),): 1 in the core, 0 in the margin, fading between. Over all tiles they sum to 1."""
     margin, s = min(model.receptive_radius or 32, 96), model.scale
     fade = 0 if margin == model.receptive_radius else 16  # LR pixels on each side of a line between cores
     size = -(-tile // 8) * 8  # of a core; SwinIR's windows of 8 pixels stay in place
@@ -147,14 +147,20 @@ def score(row, pairs, options):
 def evaluate(rows, options):
     """Prints the table of all rows on all sets. Writes --figure, and --json with each image's figures."""
     s, results, sets = options.scale, {}, {}
-    least = 2 - -11 // s  # LR pixels a side: SSIM's window and two borders must fit into HR
+    least = 2 + -(-11 // s)  # LR pixels a side: SSIM's window and two borders must fit into HR
     for place in options.data:
         paths = data.find_images([place])
         sets[place] = {p.stem: data.read_pair(p, None, s, least) for p in paths}
         if len(sets[place]) < len(paths):
             raise data.DataError(f"{place} holds two pictures of the same name, such as a.png and a.bmp")
     if options.figure:
-        write_picture(options.figure, figure(pictures_of(rows, sets[options.data[0]], options), s))
+        place = options.data[0]
+        name = options.image or next(iter(sets[place]))
+        if name not in sets[place]:
+            raise data.DataError(f"--image {name} is not in {place}: name one of its pictures")
+        lr, hr = sets[place][name]
+        pictures = {label: enlarge(row, name, lr, options) for label, row in rows.items()}
+        write_picture(options.figure, figure(dict(HR=hr) | pictures, s))
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)  # this fails before the long work
     width = max(map(len, rows))
@@ -173,15 +179,6 @@ def evaluate(rows, options):
         Path(options.json).write_text(json.dumps(about | dict(results=results), indent=1))
 
 
-def pictures_of(rows, pairs, options):
-    """{"HR" and the rows' labels: picture} for a figure of --image, a name in `pairs`."""
-    name = options.image or next(iter(pairs))
-    if name not in pairs:
-        raise data.DataError(f"--image {name} is not in {options.data[0]}: name one of its pictures")
-    lr, hr = pairs[name]
-    return dict(HR=hr) | {label: enlarge(row, name, lr, options) for label, row in rows.items()}
-
-
 def provenance(command, device):
     """What it takes to repeat a result: command, commit ("" outside a repository), device, versions, time."""
     describe = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=12'
@@ -195,8 +192,7 @@ def provenance(command, device):
 
 def bench(rows, options):
     """Prints a line of JSON a network: its time for one whole picture of 1280×720, the field's convention.
-    The networks take turns, so that a slow spell of the machine slows all of them. ratio: median over the
-    first network's."""
+    The networks take turns, so that a slow spell of the machine slows all. ratio: ms over the first one's."""
     h, w, device = 720 // options.scale, 1280 // options.scale, options.device
     x = torch.rand(1, 3, h, w).to(device, memory_format=torch.channels_last)
     times, peaks = {name: [] for name in rows}, {}
@@ -231,8 +227,7 @@ def keep_freed_memory():
 def figure(pictures, scale):
     """The same crop of each picture side by side, each with its label and Y-PSNR: uint8 (H,W,3).
     pictures: {label: uint8 (h,w,3)}, HR first, h and w multiples of s. The crop of 96 pixels a side lies
-    where bicubic errs most, and is enlarged 3 times. Y-PSNR is the whole picture's, without s pixels at each
-    edge."""
+    where bicubic errs most, and is enlarged 3 times. Y-PSNR is the whole picture's, without a border of s."""
     hr = next(iter(pictures.values()))
     error = (luma(data.imresize(data.pair(hr, scale)[0], scale)) - luma(hr)) ** 2
     side = min(96, *hr.shape[:2])
@@ -306,6 +301,8 @@ def parse(argv):
         p.error("name models, and --data to score, --input and --output to upscale, or --bench")
     if bool(o.input) != bool(o.output):
         p.error(f"{'--output' if o.input else '--input'} is missing: pictures go from --input to --output")
+    if o.image and not o.figure:
+        p.error("--image needs --figure")
     if o.input and (len(o.models) != 1 or o.sr):
         p.error("--input takes one model")
     if (o.sr or o.json or o.figure) and not o.data:

@@ -36,12 +36,12 @@ from dukd import (InvertibleAugmentation, at_loss, dukd_loss, fakd_loss, fitnet_
 
 # A method is a row of defaults. Every flag overrides its entry, so the terms of several methods combine.
 METHODS = {
-    "dukd": dict(lambda_rec=5.0, lambda_kd=1.0, lambda_dukd=1.0),  # RCAN's λ_rec: see `complete`
-    "kd": dict(lambda_rec=1.0, lambda_kd=1.0),
-    "scratch": dict(lambda_rec=1.0),
-    "fitnet": dict(lambda_rec=1.0, feature="fitnet", lambda_feature=1.0),
-    "at": dict(lambda_rec=1.0, feature="at", lambda_feature=1.0),
-    "fakd": dict(lambda_rec=1.0, lambda_kd=1.0, feature="fakd", lambda_feature=10.0),
+    "dukd": dict(lambda_rec=5.0, lambda_kd=1.0, lambda_dukd=1.0, feature="none"),  # RCAN: see `complete`
+    "kd": dict(lambda_rec=1.0, lambda_kd=1.0, lambda_dukd=0.0, feature="none"),
+    "scratch": dict(lambda_rec=1.0, lambda_kd=0.0, lambda_dukd=0.0, feature="none"),
+    "fitnet": dict(lambda_rec=1.0, lambda_kd=0.0, lambda_dukd=0.0, feature="fitnet"),
+    "at": dict(lambda_rec=1.0, lambda_kd=0.0, lambda_dukd=0.0, feature="at"),
+    "fakd": dict(lambda_rec=1.0, lambda_kd=1.0, lambda_dukd=0.0, feature="fakd"),
 }
 FEATURE_LOSSES = {"fitnet": fitnet_loss, "at": at_loss, "fakd": fakd_loss}
 OPERATIONS = InvertibleAugmentation.OPERATIONS
@@ -63,6 +63,7 @@ def between(low, high, kind=float):
 
 
 SWITCH, WEIGHT, COUNT = argparse.BooleanOptionalAction, between(0, 1e6), between(1, 10**9, int)
+DIRS = dict(nargs="+", metavar="DIR")
 
 
 @dataclasses.dataclass
@@ -72,9 +73,9 @@ class Config:
     student: str = option("small", f"the student f_S: small (the paper's), {models.NAMES_HELP}")
     method: str = option("dukd", "the defaults of the losses", choices=[*METHODS])
     scale: int = option(None, "s (the teacher's, else 4)", choices=models.SCALES, type=int)
-    data: list = option((), "folders of HR training images (scikit-image's photographs)", metavar="DIR")
-    lr_data: list = option((), "folders of their LR images (made): 0001x4.png for 0001.png", metavar="DIR")
-    val: list = option((), "folders of held-out HR images (a tenth of --data, 1 to 10)", metavar="DIR")
+    data: list = option((), "folders of HR training images (scikit-image's photographs)", **DIRS)
+    lr_data: list = option((), "folders of their LR images (made): 0001x4.png for 0001.png", **DIRS)
+    val: list = option((), "folders of held-out HR images, LR is made (1 to 10 of --data)", **DIRS)
     init: str = option("", "checkpoint that the student starts from, of any scale", metavar="FILE")
     out: str = option("", "run folder (the next free runs/METHOD_STUDENT_xSCALE)", metavar="DIR")
     resume: bool = option(False, "go on with the run in --out", action="store_true")
@@ -96,7 +97,7 @@ class Config:
     crops: int = option(None, "zoom-in crops of each HR patch (1; EDSR x2: 2)", type=between(1, 1024, int))
     consistency: str = option(None, "what passes through F (zoom_in)",
                               choices=("zoom_in", "zoom_out", "both", "none"))
-    ops: list = option(None, "operations of F (all)", choices=OPERATIONS)
+    ops: list = option(None, "operations of F (all)", choices=OPERATIONS, nargs="+")
     p: float = option(None, "probability of each operation of F (0.3; RCAN x2, x4: 0)", type=between(0, 1))
     feature: str = option(None, "feature loss, summed over four taps", choices=("none", *FEATURE_LOSSES))
     lambda_feature: float = option(None, "weight of the feature loss (fakd 10, others 1)", type=WEIGHT)
@@ -123,10 +124,8 @@ def sample_batch(patches, c, step, rank=0, world=1):
     ops_in, ops_out = (c.ops if c.consistency in (name, "both") else () for name in ("zoom_in", "zoom_out"))
     F_in = InvertibleAugmentation.sample(c.batch * c.crops, ops_in, c.p, device=lr.device)
     F_out = InvertibleAugmentation.sample(c.batch, ops_out, c.p, device=lr.device)
-
-    def part(x):
-        return x if x is None else x[len(x) * rank // world:len(x) * (rank + 1) // world]
-    return tuple(map(part, (lr, hr, z_in, z_out, F_in, F_out)))
+    whole = (lr, hr, z_in, z_out, F_in, F_out)
+    return tuple(x if x is None else x[len(x) * rank // world:len(x) * (rank + 1) // world] for x in whole)
 
 
 def losses(student, teacher, batch, c):
@@ -140,22 +139,15 @@ def losses(student, teacher, batch, c):
         with tapped(student, s_taps) as s_features:
             s_lr, s_in, s_out = together(student, lr, F_in.apply(z_in), F_out.apply(z_out))
 
-    terms = {}
-    if c.lambda_rec:
-        terms["rec"] = c.lambda_rec * l1_loss(s_lr, hr)
-    if c.lambda_kd:
-        terms["kd"] = c.lambda_kd * l1_loss(s_lr, t_lr)
-    if c.zoom_in:
-        terms["zoom_in"] = c.lambda_dukd * dukd_loss(s_in, t_in, F_in)
-    if c.zoom_out:
-        terms["zoom_out"] = c.lambda_dukd * dukd_loss(s_out, t_out, F_out)
-    if c.zoom_out_rec:  # in the released code, not in the paper: I_LR is the ground truth of z
-        terms["zoom_out_rec"] = c.lambda_rec * dukd_loss(s_out, lr, F_out)
-    if c.lambda_feature:  # of I_LR alone: F has moved the features of z
-        distance, n = FEATURE_LOSSES[c.feature], len(lr)
-        pairs = [(s_features[s][:n], t_features[t][:n]) for s, t in zip(s_taps, t_taps)]
-        terms["feature"] = c.lambda_feature * sum(distance(s, t) for s, t in pairs)
-    return terms
+    n = len(lr)  # features are compared for I_LR alone: F has moved those of z
+    pairs = [(s_features[s][:n], t_features[t][:n]) for s, t in zip(s_taps, t_taps)]
+    terms = dict(rec=lambda: l1_loss(s_lr, hr),
+                 kd=lambda: l1_loss(s_lr, t_lr),
+                 zoom_in=lambda: dukd_loss(s_in, t_in, F_in),
+                 zoom_out=lambda: dukd_loss(s_out, t_out, F_out),
+                 zoom_out_rec=lambda: dukd_loss(s_out, lr, F_out),  # in the released code, not in the paper
+                 feature=lambda: sum(FEATURE_LOSSES[c.feature](s, t) for s, t in pairs))
+    return {name: weight * terms[name]() for name, weight in term_weights(c).items()}
 
 
 def gradients(run, batch):
@@ -170,8 +162,7 @@ def gradients(run, batch):
 def update(run, batch):
     """One step: L and its gradient, Adam, the averaged weights. Returns what `gradients` does."""
     terms = run.gradients(batch)
-    if run.world > 1:
-        average_over_processes([terms, *(w.grad for w in run.weights if w.grad is not None)])
+    average_over_processes([terms, *(w.grad for w in run.weights if w.grad is not None)], run.world)
     run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, run.c)
     run.optimizer.step()
     decay = min(run.c.ema, (1 + run.step) / (10 + run.step))  # forgets the random start soon
@@ -187,13 +178,13 @@ def learning_rate(step, c):
     return c.lr * 0.1 ** sum(step >= milestone * c.steps for milestone in (0.4, 0.8))
 
 
-def average_over_processes(tensors):
-    """Gives every process the mean of each tensor, with one exchange."""
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
-        t.copy_(mean.view_as(t))
+def average_over_processes(tensors, world):
+    """Gives each of `world` processes the mean of each tensor, with one exchange."""
+    if world > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, mean in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
 
 
 def train(c, command=""):
@@ -212,7 +203,7 @@ def train(c, command=""):
     handlers = {number: signal.signal(number, finish_step) for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=run.c.steps, initial=run.step, disable=run.rank > 0, ncols=80, mininterval=0.5,
                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
-    while run.step < run.c.steps and not agreed(stop, run):
+    while run.step < run.c.steps and not (run.step % run.log_every == 0 and agreed(stop, run)):
         run.terms.append(update(run, sample_batch(run.patches, run.c, run.step, run.rank, run.world)))
         run.step += 1
         validating = run.step % run.val_every == 0 or run.step == run.c.steps
@@ -220,13 +211,14 @@ def train(c, command=""):
             loss = run.log(validating)
             psnr = f"{run.psnr:.2f}" if run.psnr > 0 else "?"  # not validated yet
             bar.set_postfix_str(f"loss {loss:.4f}, {psnr} dB (bicubic {run.bicubic:.2f})", False)
-        if validating:
+        if validating and run.rank == 0:
             run.save()
         bar.update()
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    finish(run)
+    if run.rank == 0:
+        finish(run)
     if run.world > 1:
         dist.destroy_process_group()
     if stop:
@@ -235,11 +227,9 @@ def train(c, command=""):
 
 
 def agreed(stop, run):
-    """Whether to stop, at a row of log.csv only. Processes agree: a signal comes at different steps."""
-    if run.world == 1 or run.step % run.log_every:
-        return bool(stop) and run.step % run.log_every == 0
+    """Whether any process got a signal. They ask each other: a signal comes at different steps."""
     flag = torch.tensor([float(len(stop))], device=run.device)
-    average_over_processes([flag])
+    average_over_processes([flag], run.world)
     return flag.item() > 0
 
 
@@ -276,7 +266,7 @@ class Run:
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
         store, self.held = prepare_images(c, self.rank, self.world)
         self.patches = data.Patches(store, c.patch, c.scale, self.device)
-        self.pictures = {"HR": self.held[0][2]}
+        self.options = argparse.Namespace(scale=c.scale, device=self.device, tile=512, self_ensemble=False)
         self.student, self.teacher = (net and net.to(self.device, memory_format=torch.channels_last)
                                       for net in (student, teacher))
         self.ema = copy.deepcopy(self.student).eval().requires_grad_(False)
@@ -289,21 +279,15 @@ class Run:
         self.step, self.psnr, self.best, self.bicubic, self.log_bytes = 0, math.nan, -math.inf, math.nan, 0
 
     def score(self, net, name):
-        """Mean PSNR on Y over the held-out pictures of a network in float32, or of "bicubic".
-        Keeps the first picture under that name."""
-        options = argparse.Namespace(scale=self.c.scale, device=self.device, tile=512, self_ensemble=False)
-        scores = []
-        for _, lr, hr in tqdm(self.held, desc=f"held-out pictures, {name}", leave=False, delay=1, ncols=80):
-            sr = evaluate.enlarge(net, name, lr, options)
-            if not scores:
-                self.pictures[name] = sr
-            scores.append(evaluate.psnr_y(sr, hr, self.c.scale))
-        return float(np.mean(scores))
+        """Mean PSNR on Y over the held-out pictures of a network in float32, or of "bicubic"."""
+        bar = tqdm(self.held, desc=f"held-out pictures, {name}", leave=False, delay=1, ncols=80)
+        pairs = ((evaluate.enlarge(net, name, lr, self.options), hr) for _, lr, hr in bar)
+        return float(np.mean([evaluate.psnr_y(sr, hr, self.c.scale) for sr, hr in pairs]))
 
     def log(self, validating):
         """Adds a row to log.csv: the mean terms since the last row, the held-out PSNR. Returns the mean loss.
         ConfigError where a weight is NaN or infinite: last.ckpt is older, and good."""
-        terms, self.terms = torch.stack(self.terms).cpu(), []
+        means, self.terms = torch.stack(self.terms).cpu().mean(0).tolist(), []
         if not torch.nn.utils.get_total_norm(self.weights).isfinite():
             raise ConfigError(f"the weights are not finite after step {self.step}; {self.out} keeps the last "
                               "good state. A lower --lr or --precision float32 may help")
@@ -312,15 +296,12 @@ class Run:
                 self.psnr = self.score(self.ema, "student")
             rate, psnr = learning_rate(self.step - 1, self.c), f"{self.psnr:.4f}" if validating else ""
             with open(self.out / "log.csv", "a") as f:
-                means = (f"{mean:.8g}" for mean in terms.mean(0))
-                print(self.step, f"{rate:.3g}", *means, psnr, sep=",", file=f)
+                print(self.step, f"{rate:.3g}", *(f"{mean:.8g}" for mean in means), psnr, sep=",", file=f)
                 self.log_bytes = f.tell()
-        return terms.mean(0)[-1]
+        return means[-1]
 
     def save(self):
         """Writes student.pt, best.pt where it is the best, and then last.ckpt, all that --resume needs."""
-        if self.rank > 0:
-            return
         raw = self.student.state_dict()
         models.save(self.out / "student.pt", self.ema, raw)
         if self.psnr > self.best:
@@ -340,23 +321,21 @@ def complete(c, teacher):
     if c.method == "dukd" and family == "rcan":
         row = row | dict(lambda_rec=2.0 if rcan_x3 else 1.0)
 
-    def fill(used, needs, **defaults):
+    def fill(used, needs, **defaults):  # needs: what would make the settings used
         for name, value in defaults.items():
             if getattr(c, name) and not used:
                 raise ConfigError(f"{flag(name)} would have no effect: it needs {needs}")
             if getattr(c, name) is None:
                 setattr(c, name, value if used else type(value)())
 
-    fill(True, "", **{name: row.get(name, 0.0) for name in ("lambda_rec", "lambda_kd", "lambda_dukd")})
-    fill(True, "", feature=row.get("feature", "none"))
-    weight = METHODS.get(c.feature, {}).get("lambda_feature", 0.0)
-    fill(c.feature != "none", "--feature", lambda_feature=weight)
+    fill(True, "", **row)
+    fill(c.feature != "none", "--feature", lambda_feature=10.0 if c.feature == "fakd" else 1.0)
     fill(c.lambda_dukd, "--lambda-dukd", zoom_in=True, zoom_out=family == "edsr" or rcan_x3)
     fill(c.lambda_rec, "--lambda-rec", zoom_out_rec=c.zoom_out)
     fill(c.zoom_in, "zoom-in", crops=2 if family == "edsr" and c.scale == 2 else 1)
     fill(c.zoom_in or c.zoom_out or c.zoom_out_rec, "zoom-in or zoom-out",
          consistency="zoom_in" if c.zoom_in else "none")
-    fill(c.consistency not in ("", "none"), "--consistency",
+    fill(c.consistency not in ("", "none"), "--consistency and zoom-in or zoom-out",
          ops=[*OPERATIONS], p=0.0 if family == "rcan" and not rcan_x3 else 0.3)
     return c
 
@@ -407,31 +386,28 @@ def build_student(c, teacher):
         if lacking := [k for k in own if k not in fitting and not k.startswith("upsample")]:
             raise ConfigError(f"--init {c.init} does not fit the student: {lacking[0]} is missing or differs")
         student.load_state_dict(fitting, strict=False)
-        print(f"init    {len(fitting)} of the student's {len(own)} tensors come from {c.init}")
+        print(f"init    {len(fitting)} of {len(own)} tensors come from {c.init}", file=sys.stderr)
     return student
 
 
 def prepare_images(c, rank=0, world=1):
     """The Store of training images, and the held-out ones as [(name, lr, hr)]."""
-    images = data.find_images(c.data) if c.data else data.embedded_train()
-    if c.val or not c.data:
-        held = data.find_images(c.val) if c.val else data.embedded_val()
-    else:
+    images = data.find_images(c.data) or data.embedded_train()
+    held = data.find_images(c.val) or ([] if c.data else data.embedded_val())
+    if not held:
         count = min(max(len(images) // 10, 1), 10)
         held = images[::len(images) // count][:count]
         images = [path for path in images if path not in held]
     if not images:
         raise ConfigError(f"{c.data[0]} has one image, which is held out: name others with --val")
-    if not c.bench:
-        print(f"data    {len(images)} images to train on, {len(held)} held out", flush=True)
     cache = c.cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dukd"
-    lr_images = data.match_lr(images, c.lr_data, c.scale)
     if rank > 0:
         dist.barrier()  # the first process decodes the images, the others find them
-    store = data.build_store(images, lr_images, c.scale, c.patch, cache)
+    store = data.build_store(images, data.match_lr(images, c.lr_data, c.scale), c.scale, c.patch, cache)
     if rank == 0 and world > 1:
         dist.barrier()
-    return store, [(path.stem, *data.read_pair(path, None, c.scale, 8)) for path in held]
+    lr_held = data.match_lr(held, () if c.val else c.lr_data, c.scale)
+    return store, [(hr.stem, *data.read_pair(hr, lr, c.scale, 8)) for hr, lr in zip(held, lr_held)]
 
 
 def start(run, command):
@@ -454,12 +430,11 @@ def start(run, command):
                      **evaluate.provenance(command, run.device))
         with models.replacing(run.out / "config.json") as f:
             f.write(json.dumps(about, indent=1).encode())
-        header = ",".join(["step", "lr", *terms, "total", "val_psnr"])
-        (run.out / "log.csv").write_text(header + "\n", encoding="utf-8")
+        (run.out / "log.csv").write_text(f"step,lr,{','.join(terms)},total,val_psnr\n", encoding="utf-8")
+    print(f"data    {len(run.patches.store.names)} images to train on, {len(run.held)} held out")
     for role, net in (("teacher", run.teacher), ("student", run.student)):
         if net:
-            size = models.parameters(net) / 1e6
-            print(f"{role} {models.describe(net.config)}: {size:.2f} M parameters", flush=True)
+            print(f"{role} {models.describe(net.config)}: {models.parameters(net) / 1e6:.2f} M parameters")
     run.bicubic = run.score("bicubic", "bicubic")
     teacher = f", teacher {run.score(run.teacher, 'teacher'):.2f} dB" if run.teacher else ""
     print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB{teacher}")
@@ -469,16 +444,15 @@ def start(run, command):
 
 def finish(run):
     """The last lines: how good the student is and where, or how to go on."""
-    if run.rank > 0:
-        return
     if run.step < run.c.steps:
         run.save()
         print(f"stopped after step {run.step} of {run.c.steps}; go on with: "
               f"python train.py --resume --out {shlex.quote(run.c.out)}")
     else:
-        if "student" not in run.pictures:  # resumed after the last step
-            run.score(run.ema, "student")
-        evaluate.write_picture(run.out / "compare.png", evaluate.figure(run.pictures, run.c.scale))
+        _, lr, hr = run.held[0]
+        rows = dict(bicubic="bicubic", teacher=run.teacher, student=run.ema)
+        made = {name: evaluate.enlarge(row, name, lr, run.options) for name, row in rows.items() if row}
+        evaluate.write_picture(run.out / "compare.png", evaluate.figure(dict(HR=hr) | made, run.c.scale))
         print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
         print(f"in {run.out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
 
@@ -493,41 +467,35 @@ def accelerate(run):
     torch._dynamo.config.recompile_limit = 32  # widths, batch sizes and masks of teacher and student
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
+    batch = sample_batch(run.patches, c, run.step, run.rank, run.world)
     try:
-        run.gradients(sample_batch(run.patches, c, run.step, run.rank, run.world))
+        run.gradients(batch)
     except Exception as e:  # no compiler, an operation that it does not know, …
         print(f"note: torch.compile fails here, the networks run without: {e!r:.120}", file=sys.stderr)
         for block in blocks:
             del block.forward
     if cuda:
-        run.gradients = Recorded(run.gradients)
+        try:
+            run.gradients = Recorded(run.gradients, batch)
+        except RuntimeError as e:  # a foreign teacher that waits for the GPU, say
+            print(f"note: the step cannot be recorded as a CUDA graph: {e!r:.120}", file=sys.stderr)
 
 
 class Recorded:
     """A function of a batch as one CUDA graph, which is launched at once instead of kernel by kernel.
-    Three calls run as they are, so that the libraries choose their algorithms. The fourth is recorded. From
-    then on a call copies its batch into the recorded one. Only `function` may set gradients to None."""
+    A call copies its batch into the recorded one. Only `function` may set gradients to None."""
 
-    def __init__(self, function):
-        self.function, self.calls, self.graph = function, 0, None
+    def __init__(self, function, batch):
+        for _ in range(3):  # the libraries choose their algorithms
+            function(batch)
+        self.batch, self.graph = batch, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            self.result = function(batch)
 
     def __call__(self, batch):
-        self.calls += 1
-        if self.calls <= 3 or self.graph is False:
-            return self.function(batch)
-        if self.graph is None:
-            self.batch, self.graph = batch, torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                    self.result = self.function(batch)
-            except RuntimeError as e:  # a foreign teacher that waits for the GPU, say
-                print(f"note: the step cannot be recorded as a CUDA graph: {e!r:.120}", file=sys.stderr)
-                self.graph = False
-                return self.function(batch)
         for recorded, new in zip(self.batch, batch):
             if new is not None:
-                tensor = lambda x: x.masks if isinstance(x, InvertibleAugmentation) else x
-                tensor(recorded).copy_(tensor(new))
+                getattr(recorded, "masks", recorded).copy_(getattr(new, "masks", new))  # an F, or a tensor
         self.graph.replay()
         return self.result.clone()
 
@@ -537,9 +505,7 @@ def bench(run, command):
     c, marks, warm_up = run.c, [time.perf_counter()], 6
     accelerate(run)
     for run.step in tqdm(range(warm_up + c.bench), desc="steps", leave=False, ncols=80, disable=run.rank > 0):
-        update(run, sample_batch(run.patches, c, run.step, run.rank, run.world))
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
+        update(run, sample_batch(run.patches, c, run.step, run.rank, run.world)).tolist()  # waits for the GPU
         marks.append(time.perf_counter())
     seconds = np.diff(marks)
     result = dict(ms_per_step=round(1000 * float(np.median(seconds[warm_up:])), 3),
@@ -566,9 +532,7 @@ def parse(argv):
     for f in dataclasses.fields(Config):
         group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
         settings = dict(f.metadata, default=argparse.SUPPRESS)
-        if f.type is list:
-            settings["nargs"] = "+"
-        if f.default and "action" not in settings:
+        if f.default:
             settings["help"] += f" [{f.default}]"
         group.add_argument(flag(f.name), **settings)
     given = vars(parser.parse_args(argv))

@@ -141,6 +141,7 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(place, monkeypatch, ca
     ("x2.pt --data small", "small/im0.png"),
     ("x2.pt --data cut", "cut/im1.png is not a readable image"),
     ("x2.pt --data val --json empty", "empty cannot be read or written"),
+    ("x2.pt --data val --image im0", "--image needs --figure"),
     ("x2.pt --data val --figure new.png --image in0", "--image in0 is not in val"),
     ("--sr empty --data val --scale 2", "empty"),
     ("--sr lr --data val --scale 2", "lr/im0.png"),
