@@ -141,7 +141,7 @@ def losses(student, teacher, batch, c):
 
     n = len(lr)  # features are compared for I_LR alone: F has moved those of z
     pairs = [(s_features[s][:n], t_features[t][:n]) for s, t in zip(s_taps, t_taps)]
-    terms = dict(rec=lambda: l1_loss(s_lr, hr),
+    terms = dict(rec=lambda: l1_loss(s_lr, hr),  # functions: a term that is off has no inputs
                  kd=lambda: l1_loss(s_lr, t_lr),
                  zoom_in=lambda: dukd_loss(s_in, t_in, F_in),
                  zoom_out=lambda: dukd_loss(s_out, t_out, F_out),
