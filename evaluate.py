@@ -158,9 +158,7 @@ def evaluate(rows, options):
         name = options.image or next(iter(sets[place]))
         if name not in sets[place]:
             raise data.DataError(f"--image {name} is not in {place}: name one of its pictures")
-        lr, hr = sets[place][name]
-        pictures = {label: enlarge(row, name, lr, options) for label, row in rows.items()}
-        write_picture(options.figure, figure(dict(HR=hr) | pictures, s))
+        write_figure(options.figure, rows, name, *sets[place][name], options)
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)  # this fails before the long work
     width = max(map(len, rows))
@@ -244,6 +242,12 @@ def figure(pictures, scale):
         place = (x + width / 2, width + 4)
         ImageDraw.Draw(canvas).text(place, text, "black", font, anchor="ma", align="center")
     return np.asarray(canvas)
+
+
+def write_figure(path, rows, name, lr, hr, options):
+    """Writes the `figure` of a picture's HR and of what each row makes of its LR."""
+    pictures = {label: enlarge(row, name, lr, options) for label, row in rows.items()}
+    write_picture(path, figure(dict(HR=hr) | pictures, options.scale))
 
 
 def upscale_files(row, options):

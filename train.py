@@ -393,6 +393,7 @@ def build_student(c, teacher):
 def prepare_images(c, rank=0, world=1):
     """The Store of training images, and the held-out ones as [(name, lr, hr)]."""
     images = data.find_images(c.data) or data.embedded_train()
+    lr_of = dict(zip(images, data.match_lr(images, c.lr_data, c.scale)))
     held = data.find_images(c.val) or ([] if c.data else data.embedded_val())
     if not held:
         count = min(max(len(images) // 10, 1), 10)
@@ -403,11 +404,10 @@ def prepare_images(c, rank=0, world=1):
     cache = c.cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dukd"
     if rank > 0:
         dist.barrier()  # the first process decodes the images, the others find them
-    store = data.build_store(images, data.match_lr(images, c.lr_data, c.scale), c.scale, c.patch, cache)
+    store = data.build_store(images, [lr_of[path] for path in images], c.scale, c.patch, cache)
     if rank == 0 and world > 1:
         dist.barrier()
-    lr_held = data.match_lr(held, () if c.val else c.lr_data, c.scale)
-    return store, [(hr.stem, *data.read_pair(hr, lr, c.scale, 8)) for hr, lr in zip(held, lr_held)]
+    return store, [(path.stem, *data.read_pair(path, lr_of.get(path), c.scale, 8)) for path in held]
 
 
 def start(run, command):
@@ -434,7 +434,8 @@ def start(run, command):
     print(f"data    {len(run.patches.store.names)} images to train on, {len(run.held)} held out")
     for role, net in (("teacher", run.teacher), ("student", run.student)):
         if net:
-            print(f"{role} {models.describe(net.config)}: {models.parameters(net) / 1e6:.2f} M parameters")
+            size = models.parameters(net) / 1e6
+            print(f"{role} {models.describe(net.config)}: {size:.2f} M parameters", flush=True)
     run.bicubic = run.score("bicubic", "bicubic")
     teacher = f", teacher {run.score(run.teacher, 'teacher'):.2f} dB" if run.teacher else ""
     print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB{teacher}")
@@ -449,10 +450,9 @@ def finish(run):
         print(f"stopped after step {run.step} of {run.c.steps}; go on with: "
               f"python train.py --resume --out {shlex.quote(run.c.out)}")
     else:
-        _, lr, hr = run.held[0]
-        rows = dict(bicubic="bicubic", teacher=run.teacher, student=run.ema)
-        made = {name: evaluate.enlarge(row, name, lr, run.options) for name, row in rows.items() if row}
-        evaluate.write_picture(run.out / "compare.png", evaluate.figure(dict(HR=hr) | made, run.c.scale))
+        teacher = dict(teacher=run.teacher) if run.teacher else {}
+        rows = dict(bicubic="bicubic", **teacher, student=run.ema)
+        evaluate.write_figure(run.out / "compare.png", rows, *run.held[0], run.options)
         print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
         print(f"in {run.out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
 

@@ -219,8 +219,8 @@ def test_settings_of_the_paper(teacher, scale, rec, zoom_out, crops, p):
 @pytest.mark.parametrize("name, value, settings", [
     ("zoom_in", True, dict(method="kd")), ("zoom_out", True, dict(method="kd")),
     ("consistency", "zoom_in", dict(method="kd")), ("ops", ["hflip"], dict(method="kd")),
-    ("p", 0.5, dict(method="kd")), ("p", 0.5, dict(consistency="none")), ("crops", 2, dict(zoom_in=False)), ("lambda_feature", 1.0, {}),
-    ("zoom_out_rec", True, dict(lambda_rec=0))])
+    ("p", 0.5, dict(method="kd")), ("p", 0.5, dict(consistency="none")), ("crops", 2, dict(zoom_in=False)),
+    ("lambda_feature", 1.0, {}), ("zoom_out_rec", True, dict(lambda_rec=0))])
 def test_a_flag_without_effect_is_refused(name, value, settings):
     with pytest.raises(train.ConfigError, match=f"{train.flag(name)} would have no effect"):
         networks(**settings, **{name: value})
