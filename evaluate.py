@@ -135,10 +135,14 @@ def read_result(place, name, lr, s):
 
 
 def score(row, pairs, options):
-    """A row of the table on one set: the mean PSNR and SSIM, and those of each image."""
+    """A row of the table on one set: the mean PSNR and SSIM, and those of each image.
+    They are against HR or, with --against, what that network makes of LR."""
     images, s = {}, options.scale
     for name, (lr, hr) in tqdm(pairs.items(), leave=False, unit="image"):
-        a, b = published_bicubic(hr, s) if row == "bicubic" else (enlarge(row, name, lr, options), hr)
+        if options.teacher:
+            hr = enlarge(options.teacher, name, lr, options)
+        plain = row == "bicubic" and not options.teacher
+        a, b = published_bicubic(hr, s) if plain else (enlarge(row, name, lr, options), hr)
         images[name] = dict(psnr=psnr_y(a, b, s), ssim=ssim_y(a, b, s))
     mean = {key: float(np.mean([image[key] for image in images.values()])) for key in ("psnr", "ssim")}
     return dict(**mean, images=images)
@@ -290,6 +294,7 @@ def parse(argv):
     p.add_argument("--data", nargs="+", default=[], metavar="DIR", help="folders of HR, one a column")
     p.add_argument("--sr", nargs="+", default=[], metavar="DIR", help="folders of SR, one a row")
     p.add_argument("--scale", type=int, choices=models.SCALES, help="s, where no checkpoint tells it")
+    p.add_argument("--against", metavar="MODEL", help="compare with its pictures, not with HR")
     p.add_argument("--json", metavar="FILE", help="write the table and each image's figures")
     p.add_argument("--figure", metavar="FILE", help="write crops of HR and of each row, side by side")
     p.add_argument("--image", metavar="NAME", help="a picture of the first set for --figure [its first]")
@@ -309,8 +314,8 @@ def parse(argv):
         p.error("--image needs --figure")
     if o.input and (len(o.models) != 1 or o.sr):
         p.error("--input takes one model")
-    if (o.sr or o.json or o.figure) and not o.data:
-        p.error("--sr, --json and --figure need --data")
+    if (o.sr or o.json or o.figure or o.against) and not o.data:
+        p.error("--sr, --json, --figure and --against need --data")
     if o.bench is not None and (o.bench < 1 or o.sr or o.self_ensemble or "bicubic" in o.models):
         p.error("--bench takes networks alone (not bicubic, --sr or --self-ensemble), and 1 turn or more")
     return o
@@ -355,7 +360,8 @@ def main(argv=None):
         options.command = shlex.join(["python", "evaluate.py", *argv])
         options.device = pick_device(options.device)
         keep_freed_memory()
-        networks = {name: models.load(name) for name in options.models if name != "bicubic"}
+        names = [*options.models, *([options.against] if options.against else [])]
+        networks = {name: models.load(name) for name in names if name != "bicubic"}
         for name, network in networks.items():
             network.to(options.device, memory_format=torch.channels_last)
             options.scale = options.scale or network.scale
@@ -363,6 +369,7 @@ def main(argv=None):
                 raise data.DataError(f"{name} is a x{network.scale} network, but x{options.scale} is wanted")
         if not options.scale:
             raise data.DataError("no checkpoint tells the scale: give --scale")
+        options.teacher = networks.get(options.against)
         rows = {name: networks.get(name, name) for name in options.models} | {p: Path(p) for p in options.sr}
         with torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
             if options.bench:

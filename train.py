@@ -36,7 +36,8 @@ from dukd import (InvertibleAugmentation, at_loss, dukd_loss, fakd_loss, fitnet_
 
 # A method is a row of defaults. Every flag overrides its entry, so the terms of several methods combine.
 METHODS = {
-    "dukd": dict(lambda_rec=5.0, lambda_kd=1.0, lambda_dukd=1.0, feature="none"),  # RCAN: see `complete`
+    "dukd": dict(lambda_rec=1.0, lambda_kd=1.0, lambda_dukd=1.0, feature="none"),  # the paper's equation
+    "dukd_released": dict(lambda_rec=5.0, lambda_kd=1.0, lambda_dukd=0.5, feature="none"),  # RCAN: `complete`
     "kd": dict(lambda_rec=1.0, lambda_kd=1.0, lambda_dukd=0.0, feature="none"),
     "scratch": dict(lambda_rec=1.0, lambda_kd=0.0, lambda_dukd=0.0, feature="none"),
     "fitnet": dict(lambda_rec=1.0, lambda_kd=0.0, lambda_dukd=0.0, feature="fitnet"),
@@ -145,7 +146,7 @@ def losses(student, teacher, batch, c):
                  kd=lambda: l1_loss(s_lr, t_lr),
                  zoom_in=lambda: dukd_loss(s_in, t_in, F_in),
                  zoom_out=lambda: dukd_loss(s_out, t_out, F_out),
-                 zoom_out_rec=lambda: dukd_loss(s_out, lr, F_out),  # in the released code, not in the paper
+                 zoom_out_rec=lambda: dukd_loss(s_out, lr, F_out),
                  feature=lambda: sum(FEATURE_LOSSES[c.feature](s, t) for s, t in pairs))
     return {name: weight * terms[name]() for name, weight in term_weights(c).items()}
 
@@ -317,8 +318,8 @@ def complete(c, teacher):
     What the settings do not use becomes 0, False or empty. ConfigError where it was given."""
     c = dataclasses.replace(c, scale=c.scale or (teacher.scale if teacher else 4))
     family, row = teacher.config["arch"] if teacher else "edsr", METHODS[c.method]
-    rcan_x3 = family == "rcan" and c.scale == 3
-    if c.method == "dukd" and family == "rcan":
+    released, rcan_x3 = c.method == "dukd_released", family == "rcan" and c.scale == 3
+    if released and family == "rcan":
         row = row | dict(lambda_rec=2.0 if rcan_x3 else 1.0)
 
     def fill(used, needs, **defaults):  # needs: what would make the settings used
@@ -330,21 +331,21 @@ def complete(c, teacher):
 
     fill(True, "", **row)
     fill(c.feature != "none", "--feature", lambda_feature=10.0 if c.feature == "fakd" else 1.0)
-    fill(c.lambda_dukd, "--lambda-dukd", zoom_in=True, zoom_out=family == "edsr" or rcan_x3)
-    fill(c.lambda_rec, "--lambda-rec", zoom_out_rec=c.zoom_out)
-    fill(c.zoom_in, "zoom-in", crops=2 if family == "edsr" and c.scale == 2 else 1)
+    fill(c.lambda_dukd, "--lambda-dukd", zoom_in=True, zoom_out=not released or family == "edsr" or rcan_x3)
+    fill(c.lambda_rec and c.lambda_dukd, "--lambda-rec and --lambda-dukd", zoom_out_rec=c.zoom_out)
+    fill(c.zoom_in, "zoom-in", crops=2 if released and family == "edsr" and c.scale == 2 else 1)
     fill(c.zoom_in or c.zoom_out or c.zoom_out_rec, "zoom-in or zoom-out",
          consistency="zoom_in" if c.zoom_in else "none")
     fill(c.consistency not in ("", "none"), "--consistency and zoom-in or zoom-out",
-         ops=[*OPERATIONS], p=0.0 if family == "rcan" and not rcan_x3 else 0.3)
+         ops=[*OPERATIONS], p=0.0 if released and family == "rcan" and not rcan_x3 else 0.3)
     return c
 
 
 def term_weights(c):
     """{name: λ} of the terms that `losses` returns, in its order."""
     weights = dict(rec=c.lambda_rec, kd=c.lambda_kd, zoom_in=c.zoom_in and c.lambda_dukd,
-                   zoom_out=c.zoom_out and c.lambda_dukd, zoom_out_rec=c.zoom_out_rec and c.lambda_rec,
-                   feature=c.lambda_feature)
+                   zoom_out=c.zoom_out and c.lambda_dukd,
+                   zoom_out_rec=c.zoom_out_rec and c.lambda_dukd * c.lambda_rec, feature=c.lambda_feature)
     return {name: weight for name, weight in weights.items() if weight}
 
 

@@ -74,13 +74,3 @@ def test_its_figures_stand_in_results():
     known = {f"{o['psnr']:.2f}/{o['ssim']:.4f}" for o in objects if {"psnr", "ssim"} <= o.keys()}
     named = re.findall(r"\d\d\.\d\d/0\.\d{4}", README)
     assert len(named) > 5 and not {*named} - known
-
-
-def test_its_rows_of_studies_are_made_from_the_records(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "results"))
-    import study
-    rows = re.findall(r"^\| \d+ \| .*", README, re.M)
-    assert rows and not {*rows} - {line for name in study.STUDIES for line in study.table(name)}
-    for arm in {*study.METHODS} - {study.KD}:
-        gains = [study.gain(arm, study.KD, n, "best", "B100") for n in (2, 8, 32, 128, study.ALL)]
-        assert f"| {study.LABELS[arm]} | {' | '.join(gains)} |" in README

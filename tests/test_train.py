@@ -106,7 +106,7 @@ def test_terms_are_the_papers_equations(feature, student):
     expected = dict(rec=5 * mae(student(lr), hr), kd=0.5 * mae(student(lr), teacher(lr)),
                     zoom_in=2 * mae(invert(student(apply(z_in))), teacher(z_in)),
                     zoom_out=2 * mae(vflip(student(vflip(z_out))), teacher(z_out)),
-                    zoom_out_rec=5 * mae(vflip(student(vflip(z_out))), lr),
+                    zoom_out_rec=10 * mae(vflip(student(vflip(z_out))), lr),
                     feature=3 * sum(map(distance, edsr_taps(student, lr), edsr_taps(teacher, lr))))
     terms = train.losses(student, teacher, (lr, hr, z_in, z_out, F_in, F_out), c)
     assert list(terms) == list(expected)
@@ -115,19 +115,21 @@ def test_terms_are_the_papers_equations(feature, student):
 
 
 @pytest.mark.parametrize("settings, expected", [  # expected: the λ of each term
-    (dict(), dict(rec=5, kd=1, zoom_in=1, zoom_out=1, zoom_out_rec=5)),
+    (dict(), dict(rec=1, kd=1, zoom_in=1, zoom_out=1, zoom_out_rec=1)),
     (dict(method="kd"), dict(rec=1, kd=1)), (dict(method="scratch"), dict(rec=1)),
     (dict(method="fitnet"), dict(rec=1, feature=1)), (dict(method="at"), dict(rec=1, feature=1)),
-    (dict(method="fakd"), dict(rec=1, kd=1, feature=10)), (dict(lambda_dukd=0.0), dict(rec=5, kd=1)),
-    (dict(feature="fakd"), dict(rec=5, kd=1, zoom_in=1, zoom_out=1, zoom_out_rec=5, feature=10)),
+    (dict(method="fakd"), dict(rec=1, kd=1, feature=10)), (dict(lambda_dukd=0.0), dict(rec=1, kd=1)),
+    (dict(feature="fakd"), dict(rec=1, kd=1, zoom_in=1, zoom_out=1, zoom_out_rec=1, feature=10)),
     (dict(method="fakd", lambda_feature=0.0), dict(rec=1, kd=1)),
     (dict(method="kd", lambda_dukd=1.0), dict(rec=1, kd=1, zoom_in=1, zoom_out=1, zoom_out_rec=1)),
-    (dict(method="scratch", zoom_out_rec=True, teacher=None), dict(rec=1, zoom_out_rec=1)),
+    (dict(method="scratch", lambda_dukd=2.0, zoom_in=False, zoom_out=False, zoom_out_rec=True, teacher=None),
+     dict(rec=1, zoom_out_rec=2)),
     (dict(lambda_rec=0.0, crops=3), dict(kd=1, zoom_in=1, zoom_out=1)),
-    (dict(zoom_in=False), dict(rec=5, kd=1, zoom_out=1, zoom_out_rec=5)),
-    (dict(zoom_out=False), dict(rec=5, kd=1, zoom_in=1)),
-    (dict(zoom_out_rec=False, lambda_kd=0.0), dict(rec=5, zoom_in=1, zoom_out=1)),
-    (dict(teacher="swinir_c12s6", student="swinir_c12s6"), dict(rec=5, kd=1, zoom_in=1))])
+    (dict(zoom_in=False), dict(rec=1, kd=1, zoom_out=1, zoom_out_rec=1)),
+    (dict(zoom_out=False), dict(rec=1, kd=1, zoom_in=1)),
+    (dict(zoom_out_rec=False, lambda_kd=0.0), dict(rec=1, zoom_in=1, zoom_out=1)),
+    (dict(method="dukd_released"), dict(rec=5, kd=1, zoom_in=0.5, zoom_out=0.5, zoom_out_rec=2.5)),
+    (dict(method="dukd_released", teacher="swinir_c12s6", student="swinir_c12s6"), dict(rec=5, kd=1, zoom_in=0.5))])
 def test_terms_of_each_combination_and_what_they_ask_of_the_teacher(settings, expected):
     """The student gets gradient from each. The teacher, not frozen here, gets none, and sees z without F."""
     student, teacher, c = networks(**settings)
@@ -208,10 +210,10 @@ def test_f_has_the_operations_of_consistency_and_ops(consistency, counts):
     ("edsr_c4b2", 2, 5, True, 2, 0.3), ("edsr_c4b2", 3, 5, True, 1, 0.3), ("edsr_c4b2", 4, 5, True, 1, 0.3),
     ("rcan_c4b1g1", 2, 1, False, 1, 0), ("rcan_c4b1g1", 3, 2, True, 1, 0.3),
     ("rcan_c4b1g1", 4, 1, False, 1, 0), ("swinir_c12s6", 4, 5, False, 1, 0.3)])
-def test_settings_of_the_paper(teacher, scale, rec, zoom_out, crops, p):
+def test_settings_of_the_released_code(teacher, scale, rec, zoom_out, crops, p):
     teacher = models.build(teacher, scale)
-    c = train.complete(train.Config(), teacher)
-    assert (c.scale, c.lambda_rec, c.lambda_kd, c.lambda_dukd, c.crops, c.p) == (scale, rec, 1, 1, crops, p)
+    c = train.complete(train.Config(method="dukd_released"), teacher)
+    assert (c.scale, c.lambda_rec, c.lambda_kd, c.lambda_dukd, c.crops, c.p) == (scale, rec, 1, 0.5, crops, p)
     assert (c.zoom_in, c.zoom_out, c.zoom_out_rec, c.consistency) == (True, zoom_out, zoom_out, "zoom_in")
     assert tuple(c.ops) == F.OPERATIONS and c.feature == "none" and train.complete(c, teacher) == c
 
@@ -257,7 +259,7 @@ def test_an_update_is_adam_on_its_own_gradient_and_averages_the_weights(place, t
 def test_a_run_learns_logs_its_terms_and_keeps_what_it_was(place, tmp_path, monkeypatch):
     update, made = train.update, []
     monkeypatch.setattr(train, "update", lambda run, batch: made.append(update(run, batch)) or made[-1])
-    c = config(place, tmp_path / "run", student="edsr_c8b3", steps=40, lr=2e-2, val_every=10)
+    c = config(place, tmp_path / "run", student="edsr_c8b3", steps=40, lr=2e-2, val_every=10, lambda_rec=5.0)
     run = train.train(c, "python train.py …")
     log, terms = rows(run.out), ["5·rec", "1·kd", "1·zoom_in", "1·zoom_out", "5·zoom_out_rec"]
     assert list(log[0]) == ["step", "lr", *terms, "total", "val_psnr"]
