@@ -101,21 +101,21 @@ def imresize(image, factor):
     if image.dtype != np.uint8:
         raise TypeError(f"imresize takes uint8 arrays and float tensors, not {image.dtype}")
     x = torch.from_numpy(image.copy())
-    for dim in (0, 1):
+    for dim in (0, 1):  # in strips, because doubles take eight times the memory
         strips = [bicubic_resize(strip.double(), factor, (dim,)) for strip in x.split(128, 1 - dim)]
         x = torch.cat([(strip.clamp(0, 255) + 0.5).byte() for strip in strips], 1 - dim)
     return x.numpy()
 
 
 def pair(hr, scale):
-    """(lr, hr) of an HR picture: hr cropped at the bottom and right to multiples of s, lr resized from it."""
+    """(lr, hr) of a picture. hr is cropped at the bottom and right to multiples of s, lr is hr resized."""
     hr = np.ascontiguousarray(hr[:hr.shape[0] // scale * scale, :hr.shape[1] // scale * scale])
     return imresize(hr, 1 / scale), hr
 
 
 def read_pair(path, lr_path, scale, least=1):
-    """(lr, hr) of an HR file, cropped as `pair` crops; lr is read from lr_path unless that is None.
-    DataError, naming files and sizes, where lr has a side below `least` or is not hr's size over s."""
+    """(lr, hr) of an HR file, cropped as by `pair`. lr is read from lr_path, or resized if that is None.
+    DataError, naming files and sizes, if a side of lr is below `least` or is not that of hr divided by s."""
     hr = read_image(path)
     h, w = hr.shape[0] // scale, hr.shape[1] // scale
     size = f"{path} is {hr.shape[1]}x{hr.shape[0]}"
@@ -130,15 +130,15 @@ def read_pair(path, lr_path, scale, least=1):
 
 
 def match_lr(paths, lr_places, scale):
-    """The LR file of each HR file: 0001.png has 0001x4.png, 0001_x4.png or 0001.png. None without lr_places.
-    DataError where one is missing, or where two LR files have the same name."""
+    """A list of each HR file's LR file. That of 0001.png is named 0001x4, 0001_x4 or 0001, with any ending.
+    Without lr_places, a list of None. DataError if one is missing, or if two LR files have the same name."""
     if not lr_places:
         return [None] * len(paths)
     by_stem, matched = {}, []
     for file in find_images(lr_places):
-        twin = by_stem.setdefault(file.stem, file)
-        if twin != file:
+        if twin := by_stem.get(file.stem):
             raise DataError(f"{twin} and {file} have the same name: their HR images cannot be told apart")
+        by_stem[file.stem] = file
     for path in paths:
         names = [f"{path.stem}x{scale}", f"{path.stem}_x{scale}", path.stem]
         matched.append(next((by_stem[name] for name in names if name in by_stem), None))
@@ -156,35 +156,58 @@ class Store:
     names: list  # n file names
 
 
-def build_store(paths, lr_paths, scale, least, cache):
+def build_store(paths, lr_paths, scale, least, cache=""):
     """Decodes images into a Store. lr_paths, least: see `read_pair`.
-    Up to RAM bytes stay in memory. More are written to a file in the folder `cache`, mapped into memory, and
-    found again by the next run over the same files. DataError for an unusable image or a full disk."""
-    about = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in [*paths, *lr_paths] if p]
-    key = hashlib.sha256(repr(("store 2", scale, least, about)).encode()).hexdigest()[:20]
-    file, names = Path(cache, f"{key}.pixels"), [path.name for path in paths]
-    own = file.with_suffix(f".{os.getpid()}")  # another process may decode the same images at this moment
-    with contextlib.suppress(OSError, ValueError):  # there is no such file, or it is damaged
-        return _open_store(np.memmap(file, mode="r"), names)
-    memory = out = io.BytesIO()
-    table = []
+    Up to RAM bytes stay in memory. More are written to a file in the folder `cache` (see `_cache_folder`).
+    The next run over the same images finds it. DataError for an unusable image or folder, or a full disk."""
+    names = [path.name for path in paths]
+    about = [p and (str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in [*paths, *lr_paths]]
+    key = hashlib.sha256(repr(("store 3", scale, least, about)).encode()).hexdigest()[:20]
+    with contextlib.suppress(OSError, ValueError):  # no such file, a damaged one, or no folder to look in
+        return _open_store(np.memmap(_cache_folder(cache) / f"{key}.pixels", mode="r"), names)
+    memory, table = io.BytesIO(), []
+    with contextlib.closing(_decoded(list(zip(paths, lr_paths)), scale, least)) as pictures:
+        _collect(pictures, memory, table, limit=RAM)
+        if memory.tell() > RAM:
+            file = _cache_folder(cache) / f"{key}.pixels"
+            return _open_store(_spill(pictures, memory, table, file), names)
+    memory.write(np.array(table, np.int64))
+    return _open_store(np.frombuffer(memory.getbuffer(), np.uint8), names)
+
+
+def _cache_folder(cache):
+    """The folder `cache`, or ~/.cache/dukd if that is empty. DataError if there is no home folder."""
     try:
-        with contextlib.ExitStack() as stack:
-            for image in _decoded(list(zip(paths, lr_paths)), scale, least):
-                table.append((out.tell() // 3, *image.shape[:2]))
-                out.write(image)
-                if out is memory and out.tell() > RAM:
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    out = stack.enter_context(models.replacing(own))
-                    out.write(memory.getbuffer())
-                    memory.truncate(0)
-            out.write(np.array(table, dtype=np.int64))
-        if out is memory:
-            return _open_store(np.frombuffer(memory.getbuffer(), np.uint8), names)
+        return Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dukd")
+    except RuntimeError:  # in a container, the user may be unknown
+        raise DataError("no home folder to write the decoded images to; name a folder with --cache") from None
+
+
+def _collect(pictures, out, table, limit=float("inf")):
+    """Moves pictures into the file `out` until it is larger than `limit` bytes, or no more come.
+    Appends to `table` where each lies: its first pixel, height and width."""
+    for picture in pictures:
+        table.append((out.tell() // 3, *picture.shape[:2]))
+        out.write(picture)
+        if out.tell() > limit:
+            return
+
+
+def _spill(pictures, memory, table, file):
+    """Writes the pictures in `memory`, those still to come, and the table to `file`. Returns it as an array.
+    The file appears once it is whole. DataError if it cannot be written."""
+    own = file.with_suffix(f".{os.getpid()}")  # another process may decode the same images at this moment
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with models.replacing(own) as out:
+            out.write(memory.getbuffer())
+            memory.close()  # frees it
+            _collect(pictures, out, table)
+            out.write(np.array(table, np.int64))
         os.replace(own, file)
-        return _open_store(np.memmap(file, mode="r"), names)
+        return np.memmap(file, mode="r")
     except OSError as e:
-        raise DataError(f"{cache}: {e.strerror or e}; free space, or name another --cache") from None
+        raise DataError(f"{file.parent}: {e.strerror or e}; free space, or name another --cache") from None
 
 
 def _decoded(jobs, scale, least):
@@ -197,7 +220,7 @@ def _decoded(jobs, scale, least):
 
 
 def _open_store(content, names):
-    """The Store in an array of bytes: the pixels, then the int64 table (n,2,3) of the LR and HR pictures."""
+    """The Store in an array of bytes: the pixels, then the table, int64 (n,2,3): LR and HR of n images."""
     size = 48 * len(names)
     table = torch.tensor(content[-size:].copy().view(np.int64).reshape(-1, 2, 3))
     return Store(torch.from_numpy(content[:-size].reshape(-1, 3)), table[:, 1], table[:, 0], names)
@@ -227,11 +250,12 @@ class Patches:
         first, _, width = table[image].unbind(1)
         i = torch.arange(scale * self.patch, device=places.device)
         rows, columns = scale * top[:, None] + i, scale * left[:, None] + i  # (n,s·p) each
-        pixels = self.store.pixels[(first[:, None] + rows * width[:, None])[:, :, None] + columns[:, None, :]]
+        starts = first[:, None] + rows * width[:, None]  # (n,s·p): the first pixel of each row
+        pixels = self.store.pixels[starts[:, :, None] + columns[:, None, :]]  # (n,s·p,s·p,3)
         return _to(pixels, self.device).permute(0, 3, 1, 2).float() / 255
 
 
 def _to(x, device):
-    """x on `device`. The host does not wait for a copy to a GPU."""
+    """x on `device`. The host does not wait for a copy to a GPU, which takes pinned memory."""
     pinned = device.type == "cuda" and x.device.type == "cpu"
     return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
