@@ -4,9 +4,11 @@ A picture is a uint8 array (H,W,C). A batch is a float tensor (N,3,h,w) in [0,1]
 decoded once into one flat array of pixels. A batch is one gather from it, so no worker processes are needed.
 """
 import contextlib
+import functools
 import hashlib
 import io
 import os
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,17 +18,23 @@ import imageio.v3 as iio
 import numpy as np
 import skimage.data
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import models
 from dukd import bicubic_resize
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # read_picture raises what matters
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # a file mapped for reading
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # a Store in a file is only read
+Image.MAX_IMAGE_PIXELS = None  # Pillow would refuse more than 179 megapixels; the user named the file
 
 RAM = 2**30  # bytes of decoded images that stay in memory; more are written to a file
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"}
+NO_PICTURES = {"BLP", "BUFR", "EPS", "GRIB", "HDF5", "ICNS", "ICO", "WMF"}  # textures, data, drawings, icons
+EXTENSIONS = {ending for ending, kind in Image.registered_extensions().items()  # Pillow reads and writes them
+              if kind in Image.OPEN and kind in Image.SAVE and kind not in NO_PICTURES}
+# Pillow's modes that are converted, and what to. In a file with "transparency" more of them are.
 MODES = {"1": "L", "CMYK": "RGB", "LAB": "RGB", "YCbCr": "RGB", "HSV": "RGB", "RGBa": "RGBA", "PA": "RGBA"}
+MODES_WITH_TRANSPARENCY = MODES | {"1": "LA", "L": "LA", "P": "RGBA", "RGB": "RGBA"}
 PHOTOGRAPHS = Path(skimage.data.__file__).parent  # scikit-image brings them
 
 
@@ -36,8 +44,8 @@ class DataError(ValueError):
 
 def read_picture(path):
     """The picture in a file as uint8 (H,W,C): C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
-    Palettes and CMYK become RGB, 16-bit grey is scaled to 8 bits, EXIF rotation is applied. DataError, naming
-    the file, where it is missing, empty or damaged, has several frames, or holds other values."""
+    Palettes and CMYK become RGB. 16-bit grey is scaled to 8 bits. EXIF rotation is applied.
+    DataError, naming the file, if it is missing, empty, damaged, of several frames, or holds other values."""
     if not Path(path).is_file() or Path(path).stat().st_size == 0:  # a pipe or a device might never end
         raise DataError(f"{path} is missing, empty or not a file")
     try:
@@ -45,39 +53,58 @@ def read_picture(path):
         with iio.imopen(content, "r", plugin="pillow") as file:
             frames = file.properties(index=...).n_images
             about = file.metadata(index=0)
-            mode = "RGBA" if "transparency" in about else MODES.get(about["mode"])
-            image = file.read(index=0, rotate=True, mode=mode)
+            modes = MODES_WITH_TRANSPARENCY if "transparency" in about else MODES
+            image = file.read(index=0, rotate=True, mode=modes.get(about["mode"]))
     except Exception as e:  # Pillow raises a dozen kinds for broken files
-        reason = e.__cause__ if "`pillow`" in str(e) else e  # imageio's own words say too little
-        raise DataError(f"{path} is not a readable image ({str(reason)[:100]})") from None
+        reason = e.__cause__ if "`pillow`" in str(e) else e  # imageio hides Pillow's words behind its own
+        raise DataError(f"{path} is not a readable image ({str(reason)[:100] or type(e).__name__})") from None
     if frames > 1 and not content.startswith(b"\xff\xd8"):  # a JPEG's further pictures are previews
         raise DataError(f"{path} holds {frames} frames; split it into single pictures")
     if image.dtype != np.uint8 and image.dtype.kind in "iu" and image.min() >= 0 and image.max() < 2**16:
-        image = ((image.astype(np.int64) + 128) // 257).astype(np.uint8)
+        layers = [(image.astype(np.int64) + 128) // 257]  # 16-bit grey
+        if "transparency" in about:  # one of the 16-bit values stands for transparent pixels
+            layers.append(np.where(image == about["transparency"], 0, 255))
+        image = np.stack(layers, axis=2).astype(np.uint8)
     if image.dtype != np.uint8:
         raise DataError(f"{path} holds {image.dtype} values; convert it to 8 or 16 bits")
     return image.reshape(*image.shape[:2], -1)
 
 
 def read_image(path):
-    """`read_picture` as RGB, uint8 (H,W,3): grey is repeated, alpha is left out."""
+    """`read_picture` as RGB, uint8 (H,W,3). Grey is repeated three times. Alpha is left out."""
     image = read_picture(path)
     return np.ascontiguousarray(image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2))
 
 
 def find_images(places):
-    """The image files in folders (not in their subfolders), sorted by name, and files named themselves.
-    DataError for a place that is missing or has no images."""
-    found = []
+    """The image files at `places`: files, and folders, whose images come sorted by name (see `_images_in`).
+    A file that is found twice, also by a link, comes once. DataError for a missing place or dangling link."""
+    found = {}
     for place in map(Path, places):
-        if not place.exists():
-            raise DataError(f"{place} does not exist")
-        entries = sorted(place.iterdir()) if place.is_dir() else []
-        images = [p for p in entries if p.suffix.lower() in EXTENSIONS and p.name[0] != "." and p.is_file()]
-        if place.is_dir() and not images:
-            raise DataError(f"{place} has no images in it (images in folders inside it are not looked for)")
-        found += images or [place]
-    return found
+        images = _images_in(place) if place.is_dir() else [place]
+        for path in images:
+            if not path.exists():
+                raise DataError(f"{path} does not exist, or is a link to a file that does not exist")
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def _images_in(folder):
+    """The image files in a folder, sorted by name. Hidden files and folders inside it are passed over.
+    A note tells of files with other endings. DataError if there are no images."""
+    files = [path for path in sorted(folder.iterdir()) if path.name[0] != "." and not path.is_dir()]
+    images = [path for path in files if path.suffix.lower() in EXTENSIONS]
+    others = [path for path in files if path.suffix.lower() not in EXTENSIONS]
+    if not images:
+        raise DataError(f"{folder} has no images in it (images in folders inside it are not looked for)")
+    if others:
+        _note(f"files of unknown type in {folder} are left out: {len(others)}, such as {others[0].name}")
+    return images
+
+
+@functools.cache  # a folder may be looked into more than once
+def _note(text):
+    print("note:", text, file=sys.stderr)
 
 
 def embedded_train():

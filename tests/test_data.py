@@ -4,6 +4,8 @@ import math
 import multiprocessing
 import os
 import signal
+import struct
+import zlib
 from fractions import Fraction
 
 import numpy as np
@@ -118,6 +120,24 @@ def test_palettes_are_resolved_with_their_alpha(tmp_path, mode, options):
     assert np.array_equal(data.read_picture(path), np.asarray(Image.open(path).convert(mode)))
 
 
+def save_with_transparent_value(image, path, value):
+    """Writes a grey PNG in which `value` is transparent: the chunk tRNS follows the 33 bytes up to IHDR."""
+    content = save(image, path).read_bytes()
+    chunk = b"tRNS" + struct.pack(">H", value)
+    chunk = struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(content[:33] + chunk + content[33:])
+    return path
+
+
+def test_grey_with_a_transparent_value_is_grey_with_alpha(tmp_path):
+    """In 16 bits, 19788 and 19789 both become 77, and only one of them is transparent."""
+    for dtype, values in ((np.uint16, [0, 65535, 19788, 19789]), (np.uint8, [0, 255, 76, 77])):
+        path = save_with_transparent_value(np.array([values], dtype), tmp_path / "a.png", values[-1])
+        grey = [0, 255, 77, 77] if dtype == np.uint16 else values
+        assert data.read_picture(path).tolist() == [[[v, a] for v, a in zip(grey, (255, 255, 255, 0))]]
+        assert data.read_image(path)[0].tolist() == [[v, v, v] for v in grey]
+
+
 @pytest.mark.parametrize("name, dtype", [("a.png", np.uint16), ("a.tif", np.uint16), ("a.tif", np.int32)])
 def test_16_bit_grey_is_rounded_to_8_bits(tmp_path, name, dtype):
     image = np.array([[0, 65535, 128, 129, 257 * 77]], dtype)  # 128/257 is below a half, 129/257 above it
@@ -148,6 +168,20 @@ def test_a_telephones_jpeg_is_read_upright_without_its_preview(tmp_path, orienta
     more = dict(format="MPO", save_all=True, append_images=[Image.fromarray(RGB)], exif=exif, subsampling=0)
     image = data.read_image(save(stored, tmp_path / "a.jpg", mode, quality=95, **more))
     assert image.shape == upright.shape and np.abs(image.astype(int) - upright).max() < 12
+
+
+def test_a_picture_of_182_megapixels_is_read(tmp_path):
+    path = save(Image.new("L", (13500, 13500), 7), tmp_path / "a.png", compress_level=1)
+    picture = data.read_picture(path)
+    assert picture.shape == (13500, 13500, 1) and (picture[::999, ::999] == 7).all()
+
+
+def test_a_picture_that_does_not_fit_into_memory_is_named(tmp_path, monkeypatch):
+    def no_memory(*args, **options):
+        raise MemoryError
+    path = save(RGB, tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "load", no_memory)
+    refused(lambda: data.read_picture(path), f"{path} is not a readable image (MemoryError)")
 
 
 def frames(path):
@@ -197,6 +231,40 @@ def test_find_images_sorts_folders_and_names_a_place_without_images(tmp_path):
     refused(lambda: data.find_images([a, missing]), f"{missing} does not exist")
 
 
+def test_all_that_pillow_reads_as_a_picture_is_found(tmp_path):
+    """Pillow opens drawings, films and arrays, too, but they are no pictures."""
+    names = ["a.jfif", "b.jp2", "c.tga", "d.Webp", "e.pgm"]
+    folder = touch(tmp_path / "a", *names, "f.eps", "f.h5", "f.mpg", "f.pdf", "f.txt")
+    assert [path.name for path in data.find_images([folder])] == names
+    save(RGB, folder / "b.jp2")
+    assert np.array_equal(data.read_picture(folder / "b.jp2"), RGB)
+
+
+def test_a_note_tells_once_how_many_files_are_left_out(tmp_path, capsys):
+    a = touch(tmp_path / "a", "1.png", "notes.txt", "odd.dat", ".hidden", ".hidden.dat")
+    b = touch(tmp_path / "b", "1.png", ".hidden")
+    touch(b / "folder.dat", "inside.dat")
+    for _ in range(2):
+        data.find_images([a, b])
+    assert capsys.readouterr().err == (
+        f"note: files of unknown type in {a} are left out: 2, such as notes.txt\n")
+
+
+def test_a_link_to_a_missing_picture_is_named(tmp_path):
+    folder = touch(tmp_path / "a", "1.png")
+    (folder / "2.png").symlink_to(tmp_path / "gone.png")
+    refused(lambda: data.find_images([folder]), f"{folder / '2.png'} does not exist, or is a link")
+    (tmp_path / "gone.png").write_bytes(b"x")
+    assert data.find_images([folder]) == [folder / "1.png", folder / "2.png"]
+
+
+def test_a_file_in_several_places_is_found_once_in_the_first(tmp_path, monkeypatch):
+    a, b = touch(tmp_path / "a", "1.png", "2.png"), touch(tmp_path / "b", "0.png")
+    (b / "3.png").symlink_to(a / "2.png")
+    monkeypatch.chdir(tmp_path)
+    assert data.find_images([b / "0.png", a, "a", b, a / "1.png"]) == [b / "0.png", a / "1.png", a / "2.png"]
+
+
 def test_the_embedded_photographs(monkeypatch, tmp_path):
     train, held_out = data.embedded_train(), data.embedded_val()
     assert len(train) == 10 and len(held_out) == 3 and not set(train) & set(held_out)
@@ -227,6 +295,7 @@ def test_lr_files_are_matched_by_name(tmp_path, naming):
     hr = data.find_images([touch(tmp_path / "hr", "0001.png", "0002.png")])
     one, two = (touch(tmp_path / name, naming.format(name)) for name in ("0001", "0002"))
     assert data.match_lr(hr, [two, one], 4) == [one / naming.format("0001"), two / naming.format("0002")]
+    assert data.match_lr(hr, [two, one, two], 4) == data.match_lr(hr, [two, one], 4)
     assert data.match_lr(hr, [], 4) == [None, None]
 
 
