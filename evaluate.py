@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont  # Pillow comes with imageio
+from PIL import Image, ImageDraw, ImageFont
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
@@ -163,7 +163,8 @@ def in_threads(function, jobs):
 def mean_psnr(make, pictures, border, label):
     """The mean of `psnr_y` over pictures [(name, lr, hr)]. make: a maker; label: its name in the bar."""
     bar = tqdm(pictures, desc=f"held-out pictures, {label}", delay=1, leave=False, ncols=80)
-    return float(np.mean(in_threads(psnr_y, ((make(name, lr), hr, border) for name, lr, hr in bar))))
+    jobs = ((make(name, lr), hr, border) for name, lr, hr in bar)
+    return float(np.mean(in_threads(psnr_y, jobs)))
 
 
 def read_set(place, scale):
@@ -343,7 +344,7 @@ def write_each(write, jobs):
     if len({target for _, target in jobs}) < len(jobs):
         raise data.DataError("two pictures, or two folders, have the same name, such as a.png and a.bmp")
     errors = []
-    for path, target in tqdm(jobs, unit="picture", ncols=80):
+    for path, target in tqdm(jobs, unit="picture", delay=1, ncols=80):
         try:
             if target.exists():
                 tqdm.write(f"{target} exists already and is kept")
