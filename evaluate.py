@@ -2,6 +2,7 @@
 
     python evaluate.py student.pt teacher.pt bicubic --data Set5 Set14      a row a model, a column a set
     python evaluate.py --sr results/mine --data Set5 --scale 4              score pictures made by any tool
+    python evaluate.py --write-lr lr --data Set5 --scale 4                  LR pictures for any tool
     python evaluate.py student.pt --input photo.jpg --output big            upscale a picture, or a folder
     python evaluate.py student.pt bicubic --data Set5 --figure compare.png  crops side by side
     python evaluate.py teacher.pt student.pt --bench                        milliseconds an image, in turns
@@ -12,17 +13,20 @@ shaved off each edge. Luma Y is BT.601's in 16–235, not rounded. SSIM has an 1
 import argparse
 import contextlib
 import ctypes
+import io
 import json
+import math
+import os
 import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont  # Pillow comes with imageio
+from PIL import Image, ImageDraw, ImageFont
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
@@ -36,7 +40,7 @@ def luma(rgb):
 
 
 def planes(sr, hr, border):
-    """The luma planes of two pictures without `border` pixels at each edge. A plane (H,W) stays as it is."""
+    """The luma of two pictures, uint8 (H,W,3) or luma already (H,W), without `border` pixels at each edge."""
     inside = slice(border, -border or None)
     return [(luma(p) if p.ndim == 3 else p)[inside, inside] for p in (sr, hr)]
 
@@ -45,7 +49,7 @@ def psnr_y(sr, hr, border):
     """PSNR on Y in dB, infinite for equal pictures. sr, hr: uint8 (H,W,3), or luma planes (H,W), of one size;
     border: pixels shaved off each edge, by custom the scale."""
     mse = np.mean(np.subtract(*planes(sr, hr, border)) ** 2)
-    return float(10 * np.log10(255 ** 2 / mse)) if mse else float("inf")
+    return float(10 * np.log10(255 ** 2 / mse)) if mse else math.inf
 
 
 def ssim_y(sr, hr, border):
@@ -75,9 +79,9 @@ def to_uint8(x):
 
 @torch.no_grad()
 def upscale(model, x, tile=0):
-    """f(x) for pictures x (N,3,h,w) in [0,1] of any size: (N,3,s·h,s·w).
-    A picture larger than `tile` LR pixels is a weighted sum of tiles (0: never). For EDSR of up to 46 blocks
-    it equals f of the whole picture. RCAN and SwinIR see farther, so their tiles fade into each other."""
+    """model(x) for x (N,3,h,w) in [0,1] of any size: (N,3,s·h,s·w). A large x is computed in tiles.
+    tile: LR pixels a side; a smaller x is computed as a whole (0: every x). EDSR's tiles, up to 46 blocks,
+    equal the whole. RCAN and SwinIR see farther than a tile's margin, so their tiles fade into each other."""
     (h, w), s = x.shape[-2:], model.scale
     if tile <= 0 or max(h, w) <= tile:
         return model(x)
@@ -90,8 +94,9 @@ def upscale(model, x, tile=0):
 
 
 def tiles_along(n, tile, model):
-    """Yields (start, end, weights) of each tile along n LR pixels. It reads [start, end): core and margin.
-    weights (s·(end−start),): 1 in the core, 0 in the margin, fading between. Over all tiles they sum to 1."""
+    """Yields (start, end, weights) of each tile along n LR pixels. A tile is a core with margins around it.
+    weights (s·(end−start),) of its HR pixels: 1 in the core, 0 in the margin, fading in between.
+    At each HR pixel, the weights of all tiles sum to 1."""
     margin, s = min(model.receptive_radius or 32, 96), model.scale
     fade = 0 if margin == model.receptive_radius else 16  # LR pixels on each side of a line between cores
     size = -(-tile // 8) * 8  # of a core; SwinIR's windows of 8 pixels stay in place
@@ -104,81 +109,120 @@ def tiles_along(n, tile, model):
         yield start, end, weight[s * start:s * end]
 
 
-def self_ensemble(f, x):
+def mean_of_eight(f, x):
     """The mean of f over the eight flips and transpositions, each undone (the "+" of EDSR+ and RCAN+)."""
     both = lambda y: f(y) + f(y.mT).mT  # as it is, and transposed
     return sum(both(x.flip(dims)).flip(dims) for dims in ((), (-1,), (-2,), (-1, -2))) / 8
 
 
-def enlarge(row, name, lr, options):
-    """The uint8 picture that a row of the table has for the picture `name`, whose LR is lr, uint8 (h,w,3).
-    row: a network, "bicubic", or a folder of pictures made by another tool."""
-    if row == "bicubic":
-        return data.imresize(lr, options.scale)
-    if isinstance(row, Path):
-        return read_result(row, name, lr, options.scale)
-    x, f = to_tensor(lr, options.device), lambda x: upscale(row, x, options.tile)
-    return to_uint8(self_ensemble(f, x) if options.self_ensemble else f(x))
+# A maker is a function of a picture's name and its LR, uint8 (h,w,3). It returns SR, uint8 (s·h,s·w,3).
+def upscaler(network, tile=512, self_ensemble=False):
+    """The maker that runs a network, on the device of its parameters. tile: as in `upscale`."""
+    def make(name, lr):
+        x = to_tensor(lr, next(network.parameters()).device)
+        f = lambda x: upscale(network, x, tile)
+        return to_uint8(mean_of_eight(f, x) if self_ensemble else f(x))
+    return make
 
 
-def read_result(place, name, lr, s):
-    """The picture in `place` for an HR picture baby: babyx4, baby_x4, baby_ANY_x4, baby or baby_ANY."""
-    forms = (name, f"{name}x{s}")
-    own = [p for p in data.find_images([place]) if p.stem in forms or p.stem.startswith(f"{name}_")]
-    if not own:
-        raise data.DataError(f"{place} has no picture for {name}, such as {name}_x{s}.png")
-    path = min(own, key=lambda p: (not p.stem.endswith(f"x{s}"), len(p.stem)))
-    sr, expected = data.read_image(path), (s * lr.shape[0], s * lr.shape[1], 3)
-    if sr.shape != expected:
-        raise data.DataError(f"{path} has the shape {sr.shape}; HR, cropped for x{s}, has {expected}")
-    return sr
+def resizer(scale):
+    """The maker of MATLAB's bicubic."""
+    return lambda name, lr: data.imresize(lr, scale)
 
 
-def score(row, pairs, options):
-    """A row of the table on one set: the mean PSNR and SSIM, and those of each image.
-    They are against HR or, with --against, what that network makes of LR."""
-    images, s = {}, options.scale
-    for name, (lr, hr) in tqdm(pairs.items(), leave=False, unit="image"):
-        if options.teacher:
-            hr = enlarge(options.teacher, name, lr, options)
-        plain = row == "bicubic" and not options.teacher
-        a, b = published_bicubic(hr, s) if plain else (enlarge(row, name, lr, options), hr)
-        images[name] = dict(psnr=psnr_y(a, b, s), ssim=ssim_y(a, b, s))
-    mean = {key: float(np.mean([image[key] for image in images.values()])) for key in ("psnr", "ssim")}
-    return dict(**mean, images=images)
+def reader(place, scale):
+    """The maker that reads pictures of another tool. For baby it reads baby, babyx4 or baby_x4 in the folder
+    `place`, or else the only baby_ANY. DataError for none, for several, and for a wrong size."""
+    files = data.find_images([place])
+
+    def make(name, lr):
+        found = [p for p in files if p.stem in (name, f"{name}x{scale}", f"{name}_x{scale}")]
+        found = found or [p for p in files if p.stem.startswith(f"{name}_")]
+        if len(found) != 1:
+            names = " and ".join(p.name for p in found) or "no picture"
+            raise data.DataError(f"{place} has {names} for {name}: it needs one, such as {name}_x{scale}.png")
+        sr, expected = data.read_image(found[0]), (scale * lr.shape[0], scale * lr.shape[1], 3)
+        if sr.shape != expected:
+            raise data.DataError(f"{found[0]} has the shape {sr.shape}, but HR, cropped, has {expected}")
+        return sr
+    return make
 
 
-def evaluate(rows, options):
-    """Prints the table of all rows on all sets. Writes --figure, and --json with each image's figures."""
-    s, results, sets = options.scale, {}, {}
-    least = 2 + -(-11 // s)  # LR pixels a side: SSIM's window and two borders must fit into HR
-    for place in options.data:
-        paths = data.find_images([place])
-        sets[place] = {p.stem: data.read_pair(p, None, s, least) for p in paths}
-        if len(sets[place]) < len(paths):
-            raise data.DataError(f"{place} holds two pictures of the same name, such as a.png and a.bmp")
+def in_threads(function, jobs):
+    """[function(*job) for job in jobs]. Threads compute while the caller's GPU makes the pictures of the next
+    jobs. At most eight jobs wait, because each holds pictures."""
+    results = []
+    with ThreadPoolExecutor(4) as pool:
+        for job in jobs:
+            results.append(pool.submit(function, *job))
+            if len(results) > 8:
+                results[-9].result()
+    return [result.result() for result in results]
+
+
+def mean_psnr(make, pictures, border, label):
+    """The mean of `psnr_y` over pictures [(name, lr, hr)]. make: a maker; label: its name in the bar."""
+    bar = tqdm(pictures, desc=f"held-out pictures, {label}", delay=1, leave=False, ncols=80)
+    jobs = ((make(name, lr), hr, border) for name, lr, hr in bar)
+    return float(np.mean(in_threads(psnr_y, jobs)))
+
+
+def read_set(place, scale):
+    """[(name, lr, hr)] of the HR pictures in a folder."""
+    least = math.ceil((2 * scale + 11) / scale)  # HR must hold two borders and SSIM's window
+    paths = data.find_images([place])
+    if len({path.stem for path in paths}) < len(paths):
+        raise data.DataError(f"{place} holds two pictures of the same name, such as a.png and a.bmp")
+    return [(path.stem, *data.read_pair(path, None, scale, least)) for path in paths]
+
+
+def score(make, pictures, scale, published):
+    """The mean PSNR and SSIM over pictures [(name, lr, hr)], and those of each picture.
+    published: of `published_bicubic` instead of what `make` makes."""
+    bar = tqdm(pictures, leave=False, ncols=80)
+    if published:
+        jobs = ((*published_bicubic(hr, scale), scale) for _, _, hr in bar)
+    else:
+        jobs = ((make(name, lr), hr, scale) for name, lr, hr in bar)
+    scores = in_threads(lambda *job: dict(psnr=psnr_y(*job), ssim=ssim_y(*job)), jobs)
+    mean = {key: float(np.mean([one[key] for one in scores])) for key in ("psnr", "ssim")}
+    return mean | dict(images={name: one for (name, _, _), one in zip(pictures, scores)})
+
+
+def evaluate(rows, networks, against, about, options):
+    """Prints the table of all rows on all sets. Writes --figure, and --json with each picture's scores.
+    rows: {label: maker}; networks: {label: network}; against: a maker whose pictures replace HR, or None.
+    JSON has no infinity: the PSNR of equal pictures is null there."""
+    s, results = options.scale, {}
+    sets = {place: read_set(place, s) for place in options.data}
     if options.figure:
         place = options.data[0]
-        name = options.image or next(iter(sets[place]))
-        if name not in sets[place]:
-            raise data.DataError(f"--image {name} is not in {place}: name one of its pictures")
-        write_figure(options.figure, rows, name, *sets[place][name], options)
+        chosen = [picture for picture in sets[place] if options.image in (None, picture[0])]
+        if not chosen:
+            raise data.DataError(f"--image {options.image} is not in {place}: name one of its pictures")
+        write_figure(options.figure, rows, *chosen[0], s)
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)  # this fails before the long work
+    if against:
+        for place, pictures in sets.items():
+            bar = tqdm(pictures, leave=False, ncols=80)
+            sets[place] = [(name, lr, against(name, lr)) for name, lr, _ in bar]
+    heads = {place: f"{place} ({len(pictures)}) PSNR/SSIM" for place, pictures in sets.items()}
     width = max(map(len, rows))
-    print("model".ljust(width), " params", "   madds", *(f"{place} PSNR/SSIM" for place in sets), sep="  ")
-    for name, row in rows.items():
-        scores = results[name] = {place: score(row, pairs, options) for place, pairs in sets.items()}
+    print("model".ljust(width), " params", "   madds", *heads.values(), sep="  ")
+    for label, make in rows.items():
         size = madds = "-"
-        if isinstance(row, torch.nn.Module):
-            size, count = f"{models.parameters(row) / 1e6:.2f} M", models.multiply_adds(row)
+        published = label == "bicubic" and not against
+        scores = results[label] = {p: score(make, sets[p], s, published) for p in sets}
+        if label in networks:
+            count = models.multiply_adds(networks[label])
             madds = f"{count / 1e9:.1f} G" if count else "?"
-        cells = [f"{r['psnr']:.2f}/{r['ssim']:.4f}".rjust(len(place) + 10) for place, r in scores.items()]
-        print(name.ljust(width), size.rjust(7), madds.rjust(8), *cells, sep="  ")
+            size = f"{models.parameters(networks[label]) / 1e6:.2f} M"
+        cells = [f"{r['psnr']:.2f}/{r['ssim']:.4f}".rjust(len(heads[place])) for place, r in scores.items()]
+        print(label.ljust(width), size.rjust(7), madds.rjust(8), *cells, sep="  ")
     if options.json:
-        about = provenance(options.command, options.device)
-        about |= dict(scale=s, precision=options.precision, self_ensemble=options.self_ensemble)
-        Path(options.json).write_text(json.dumps(about | dict(results=results), indent=1))
+        text = json.dumps(about | dict(results=results), indent=1)
+        Path(options.json).write_text(text.replace('"psnr": Infinity', '"psnr": null'))
 
 
 def provenance(command, device):
@@ -192,26 +236,26 @@ def provenance(command, device):
                 threads=torch.get_num_threads(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
 
-def bench(rows, options):
+def bench(networks, device, about, turns):
     """Prints a line of JSON a network: its time for one whole picture of 1280×720, the field's convention.
     The networks take turns, so that a slow spell of the machine slows all. ratio: ms over the first one's."""
-    h, w, device = 720 // options.scale, 1280 // options.scale, options.device
+    h, w = 720 // about["scale"], 1280 // about["scale"]
     x = torch.rand(1, 3, h, w).to(device, memory_format=torch.channels_last)
-    times, peaks = {name: [] for name in rows}, {}
-    for _ in tqdm(range(options.bench + 2), leave=False, unit="turn"):
-        for name, network in rows.items():
+    times, peaks = {name: [] for name in networks}, {}
+    for _ in tqdm(range(turns + 2), leave=False, unit="turn", ncols=80):
+        for name, network in networks.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             began = time.perf_counter()
             network(x)[0, 0, 0, 0].item()  # waits for the GPU
             times[name].append(1000 * (time.perf_counter() - began))
             peaks[name] = peak_memory(device)
-    for name in rows:
-        ms, first = times[name][2:], times[next(iter(rows))][2:]  # two turns warm up
+    for name in networks:
+        ms, first = times[name][2:], times[next(iter(networks))][2:]  # two turns warm up
         line = dict(model=name, ms=round(np.median(ms), 3), ms_min=round(min(ms), 3),
                     ratio=round(np.median(ms) / np.median(first), 4), peak_memory_gib=peaks[name],
-                    turns=options.bench, input=[w, h], scale=options.scale, precision=options.precision)
-        print(json.dumps(line | provenance(options.command, device)))
+                    turns=turns, input=[w, h])
+        print(json.dumps(line | about))
 
 
 def peak_memory(device):
@@ -220,7 +264,7 @@ def peak_memory(device):
 
 
 def keep_freed_memory():
-    """Has glibc keep freed memory. To clear it again would cost large networks time."""
+    """Has glibc keep freed memory. New memory costs time: the system fills it with zeros first."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap, too
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
@@ -248,37 +292,95 @@ def figure(pictures, scale):
     return np.asarray(canvas)
 
 
-def write_figure(path, rows, name, lr, hr, options):
-    """Writes the `figure` of a picture's HR and of what each row makes of its LR."""
-    pictures = {label: enlarge(row, name, lr, options) for label, row in rows.items()}
-    write_picture(path, figure(dict(HR=hr) | pictures, options.scale))
+def write_figure(path, makers, name, lr, hr, scale):
+    """Writes the `figure` of a picture's HR and of what each of the makers {label: maker} makes of its LR."""
+    encoded(path, hr[:1, :1])  # a wrong ending fails before the long work
+    pictures = {label: make(name, lr) for label, make in makers.items()}
+    write_picture(path, figure(dict(HR=hr) | pictures, scale))
 
 
-def upscale_files(row, options):
-    """Upscales a picture, or those of a folder. Grey stays grey, and alpha is upscaled bicubically."""
-    out, s = Path(options.output), options.scale
-    for path in tqdm(data.find_images([options.input]), unit="picture"):
-        target = out if out.suffix.lower() in data.EXTENSIONS else out / f"{path.stem}_x{s}.png"
-        if target.exists():
-            raise data.DataError(f"{target} exists already and is not overwritten: name another --output")
-        picture = data.read_picture(path)
-        big = enlarge(row, path.stem, data.read_image(path), options)
-        if picture.shape[2] < 3:  # grey: the network's three colours differ by less than a grey level
-            big = np.floor(big.mean(axis=2, keepdims=True) + 0.5).astype(np.uint8)
-        if picture.shape[2] in (2, 4):
-            big = np.concatenate([big, data.imresize(picture[..., -1:], s)], axis=2)
-        write_picture(target, big)
+def upscale_files(make, source, out, scale):
+    """Upscales a picture into a file or a folder, or a folder's pictures into a folder."""
+    out, paths = Path(out), data.find_images([source])
+    jobs = [(path, out / f"{path.stem}_x{scale}.png") for path in paths]
+    if out.suffix and not out.is_dir():  # a file
+        if Path(source).is_dir():
+            raise data.DataError(f"{source} is a folder, and {out} is a file: name a folder as --output")
+        if out.exists():
+            raise data.DataError(f"{out} exists already and is not overwritten: name another --output")
+        jobs = [(paths[0], out)]
+    write_each(lambda path, target: upscale_file(make, path, target, scale), jobs)
 
 
-def write_picture(path, image):
-    """Writes uint8 (H,W,C) in the format of the path's ending. DataError where that fails."""
+def upscale_file(make, path, target, scale):
+    """Upscales one picture. Grey stays grey, alpha is upscaled bicubically, and the ICC profile is kept."""
+    picture = data.read_picture(path)
+    h, w, channels = picture.shape
+    encoded(target, np.zeros((1, scale * max(h, w), channels), np.uint8))  # it fails before the long work
+    target.parent.mkdir(parents=True, exist_ok=True)
+    big = make(path.stem, data.read_image(path))
+    if channels < 3:  # the network's three colours of grey differ by less than a grey level
+        big = np.floor(big.mean(axis=2, keepdims=True) + 0.5).astype(np.uint8)
+    if channels in (2, 4):
+        big = np.concatenate([big, data.imresize(picture[..., -1:], scale)], axis=2)
+    with Image.open(path) as opened:
+        profile = opened.info.get("icc_profile") or b""
+    colours = profile[16:20]  # those that the profile describes; a CMYK picture has become RGB
+    write_picture(target, big, profile if colours == (b"GRAY" if channels < 3 else b"RGB ") else None)
+
+
+def write_lr(out, places, scale):
+    """Writes the LR of each HR picture as NAMEx4.png: into `out`, or into a subfolder a set, if several."""
+    jobs = []
+    for place in places:
+        folder = Path(out, Path(place).resolve().name) if len(places) > 1 else Path(out)
+        jobs += [(path, folder / f"{path.stem}x{scale}.png") for path in data.find_images([place])]
+    write_each(lambda path, target: write_picture(target, data.read_pair(path, None, scale)[0]), jobs)
+
+
+def write_each(write, jobs):
+    """Calls write(path, target) for jobs [(path, target)]. A target that exists is kept, and this is said.
+    A picture that cannot be used does not stop the others: the DataError at the end names all of them."""
+    if len({target for _, target in jobs}) < len(jobs):
+        raise data.DataError("two pictures, or two folders, have the same name, such as a.png and a.bmp")
+    errors = []
+    for path, target in tqdm(jobs, unit="picture", delay=1, ncols=80):
+        try:
+            if target.exists():
+                tqdm.write(f"{target} exists already and is kept")
+            else:
+                write(path, target)
+        except data.DataError as e:
+            errors.append(str(e))
+    if errors and len(jobs) > 1:
+        errors.append(f"{len(jobs) - len(errors)} of {len(jobs)} pictures are done")
+    if errors:
+        raise data.DataError("; ".join(errors))
+
+
+def encoded(path, image, profile=None):
+    """uint8 (H,W,C) as bytes in the format of the path's ending, with an ICC profile where the format takes
+    one. DataError where Pillow cannot write that."""
+    kind, content = Image.registered_extensions().get(Path(path).suffix.lower()), io.BytesIO()
+    if kind not in Image.SAVE:
+        raise data.DataError(f"{path} cannot be written: Pillow writes no such format. Name a .png")
+    try:
+        picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+        picture.save(content, kind, icc_profile=profile)
+    except Exception as e:  # Pillow's writers raise a dozen kinds
+        raise data.DataError(f"{path} cannot be written ({e}). A .png holds any picture") from None
+    return content.getvalue()
+
+
+def write_picture(path, image, profile=None):
+    """Writes uint8 (H,W,C) as `encoded` says. OSError, naming the file, where the disk is full, say."""
+    content = encoded(path, image, profile)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with models.replacing(path) as file:
-            iio.imwrite(file, image[..., 0] if image.shape[2] == 1 else image, plugin="pillow",
-                        extension=Path(path).suffix.lower())
-    except OSError as e:  # a full disk, or a format that is unknown or cannot hold the picture
-        raise data.DataError(f"{path} cannot be written: {e.strerror or e}") from None
+            file.write(content)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -295,9 +397,10 @@ def parse(argv):
     p.add_argument("--sr", nargs="+", default=[], metavar="DIR", help="folders of SR, one a row")
     p.add_argument("--scale", type=int, choices=models.SCALES, help="s, where no checkpoint tells it")
     p.add_argument("--against", metavar="MODEL", help="compare with its pictures, not with HR")
-    p.add_argument("--json", metavar="FILE", help="write the table and each image's figures")
+    p.add_argument("--json", metavar="FILE", help="write the table and each picture's scores")
     p.add_argument("--figure", metavar="FILE", help="write crops of HR and of each row, side by side")
     p.add_argument("--image", metavar="NAME", help="a picture of the first set for --figure [its first]")
+    p.add_argument("--write-lr", metavar="DIR", help="write the LR pictures of --data")
     p.add_argument("--input", metavar="FILE|DIR", help="pictures to upscale")
     p.add_argument("--output", metavar="FILE|DIR", help="where the upscaled pictures are written")
     p.add_argument("--tile", type=int, default=256, help="LR pixels a side of a tile; 0: no tiles [256]")
@@ -306,10 +409,15 @@ def parse(argv):
     p.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="[float32]")
     p.add_argument("--bench", nargs="?", type=int, const=10, metavar="N", help="time networks, N turns [10]")
     o = p.parse_args(argv)
-    if not (o.models or o.sr) or not (o.data or o.input or o.output or o.bench is not None):
+    if o.write_lr and (o.models or o.sr or o.input or o.json or o.figure or o.against or o.bench is not None
+                       or not o.data or not o.scale):
+        p.error("--write-lr takes --data and --scale, and nothing else")
+    if not (o.models or o.sr or o.write_lr) or not (o.data or o.input or o.output or o.bench is not None):
         p.error("name models, and --data to score, --input and --output to upscale, or --bench")
     if bool(o.input) != bool(o.output):
         p.error(f"{'--output' if o.input else '--input'} is missing: pictures go from --input to --output")
+    if "bicubic" in o.sr:
+        p.error("--sr bicubic looks like the row bicubic: write ./bicubic")
     if o.image and not o.figure:
         p.error("--image needs --figure")
     if o.input and (len(o.models) != 1 or o.sr):
@@ -322,18 +430,26 @@ def parse(argv):
 
 
 def pick_device(name=""):
-    """The device of that name; without a name a GPU, or the CPU where there is none. DataError if absent."""
+    """The device of that name, with its number: cuda becomes cuda:0. Without a name a GPU, or the CPU where
+    there is none. DataError if it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name).item()  # this fails also for "meta", which holds no values
+        zero = torch.zeros(1, device=name)
+        zero.item()  # this fails for "meta", which holds no values
     except (RuntimeError, AssertionError, ValueError) as e:
         raise data.DataError(f"--device {name} is not usable here: {str(e).splitlines()[0]}") from None
-    return torch.device(name)
+    return zero.device
 
 
 @contextlib.contextmanager
-def errors_in_one_line(*kinds):
-    """Ends the program with one line and exit code 2 for what users can cause, and for errors of `kinds`."""
+def command_line(*kinds):
+    """What a program's main() runs in. What users can cause, and errors of `kinds`, end the program with one
+    line and exit code 2. A letter that the terminal's encoding lacks is printed as a question mark."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # a service, for example, has neither
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not every replacement of sys.stdout has it
+            stream.reconfigure(errors="replace")
     try:
         yield
         return
@@ -344,7 +460,8 @@ def errors_in_one_line(*kinds):
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not ("alloc" in str(e) and "memory" in str(e)):
+        torch_is_out = "alloc" in str(e) and "memory" in str(e)  # on the CPU, torch has no error of its own
+        if not isinstance(e, MemoryError) and not torch_is_out:
             raise
         message = "out of memory: smaller batches, patches or tiles need less"
     for bar in list(getattr(tqdm, "_instances", ())):  # an open bar would share the error's line
@@ -355,29 +472,35 @@ def errors_in_one_line(*kinds):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    with errors_in_one_line(), torch.inference_mode():
+    with command_line(), torch.inference_mode():
         options = parse(argv)
-        options.command = shlex.join(["python", "evaluate.py", *argv])
-        options.device = pick_device(options.device)
+        if options.write_lr:
+            return write_lr(options.write_lr, options.data, options.scale)
+        device = pick_device(options.device)
         keep_freed_memory()
-        names = [*options.models, *([options.against] if options.against else [])]
-        networks = {name: models.load(name) for name in names if name != "bicubic"}
+        names = [name for name in (*options.models, options.against) if name not in (None, "bicubic")]
+        networks = {name: models.load(name) for name in names}
         for name, network in networks.items():
-            network.to(options.device, memory_format=torch.channels_last)
+            network.to(device, memory_format=torch.channels_last)
             options.scale = options.scale or network.scale
             if network.scale != options.scale:
                 raise data.DataError(f"{name} is a x{network.scale} network, but x{options.scale} is wanted")
         if not options.scale:
             raise data.DataError("no checkpoint tells the scale: give --scale")
-        options.teacher = networks.get(options.against)
-        rows = {name: networks.get(name, name) for name in options.models} | {p: Path(p) for p in options.sr}
-        with torch.autocast(options.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+        about = provenance(shlex.join(["python", "evaluate.py", *argv]), device)
+        about |= dict(scale=options.scale, precision=options.precision, self_ensemble=options.self_ensemble)
+        makers = {"bicubic": resizer(options.scale)}
+        for name, network in networks.items():
+            makers[name] = upscaler(network, options.tile, options.self_ensemble)
+        rows = {name: makers[name] for name in options.models}
+        rows |= {place: reader(place, options.scale) for place in options.sr}
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
             if options.bench:
-                bench(rows, options)
+                bench({name: networks[name] for name in options.models}, device, about, options.bench)
             if options.data:
-                evaluate(rows, options)
+                evaluate(rows, networks, makers.get(options.against), about, options)
             if options.input:
-                upscale_files(*rows.values(), options)
+                upscale_files(*rows.values(), options.input, options.output, options.scale)
 
 
 if __name__ == "__main__":

@@ -145,12 +145,22 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(place, monkeypatch, ca
     ("x2.pt --data val --figure new.png --image in0", "--image in0 is not in val"),
     ("--sr empty --data val --scale 2", "empty"),
     ("--sr lr --data val --scale 2", "lr/im0.png"),
+    ("--sr bicubic --data val --scale 2", "write ./bicubic"),
+    ("x2.pt --data val --figure new.psd", "new.psd cannot be written"),
     ("x2.pt --json new.json --bench 1", "--json"),
+    ("--write-lr new --data val", "--write-lr takes --data and --scale"),
+    ("--write-lr new --scale 2", "--write-lr takes --data and --scale"),
+    ("x2.pt --write-lr new --data val --scale 2", "--write-lr takes --data and --scale"),
+    ("--write-lr file.txt --data val --scale 2", "file.txt"),
+    ("--write-lr file.txt/new --data val --scale 2", "file.txt/new"),
     ("x2.pt --bench 0", "--bench"),
     ("x2.pt --input val", "--output is missing"),
     ("x2.pt bicubic --input val --output new", "--input takes one model"),
     ("x2.pt --input nowhere --output new", "nowhere does not exist"),
     ("x2.pt --input file.txt --output new.png", "file.txt is not a readable image"),
+    ("x2.pt --input val/im0.png --output new.xyz", "new.xyz cannot be written: Pillow writes no such format"),
+    ("x2.pt --input val/im0.png --output file.txt/new", "file.txt/new cannot be read or written"),
+    ("x2.pt --input val --output all.png", "val is a folder, and all.png is a file"),
     ("x2.pt --input val/im0.png --output train/im0.png", "train/im0.png exists already")])
 def test_wrong_words_for_evaluate(place, monkeypatch, capfd, words, named):
     assert named in refused(evaluate.main, words, place, monkeypatch, capfd)

@@ -1,17 +1,28 @@
 """Metrics against hand-computed values, tiles against the whole picture, and the command line."""
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import skimage.data
 import torch
+from PIL import Image, ImageCms  # imageio brings it
 
 import data
 import evaluate
 import models
-from samples import noise
+from samples import noise, save
+
+PROGRAMS = ["evaluate.py"]
 
 
 def smooth(h, w, channels=3, seed=0):
@@ -134,16 +145,17 @@ def test_self_ensemble_by_hand():
     x = torch.ones(1, 1, 3, 3)
     keep = torch.tensor([1.0, 0, 0]).view(1, 1, 3, 1)
     expected = torch.tensor([[4.0, 2, 4], [2, 0, 2], [4, 2, 4]]) / 8
-    assert torch.equal(evaluate.self_ensemble(lambda y: y * keep, x)[0, 0], expected)
+    assert torch.equal(evaluate.mean_of_eight(lambda y: y * keep, x)[0, 0], expected)
     picture = torch.rand(1, 3, 5, 8)
-    assert torch.allclose(evaluate.self_ensemble(lambda y: y, picture), picture)
+    assert torch.allclose(evaluate.mean_of_eight(lambda y: y, picture), picture)
 
 
 def test_table_and_json(place, capsys, tmp_path):
     file = tmp_path / "new" / "t.json"
     out = run(capsys, place / "a.pt", "bicubic", "--data", place / "set", "--json", file)
     head, *lines = out.splitlines()
-    assert head.startswith("model") and [x.split()[0] for x in lines] == [str(place / "a.pt"), "bicubic"]
+    assert head.startswith("model") and head.endswith(f"{place / 'set'} (3) PSNR/SSIM")
+    assert [x.split()[0] for x in lines] == [str(place / "a.pt"), "bicubic"]
     report = json.loads(file.read_text())
     row = report["results"][str(place / "a.pt")][str(place / "set")]
     assert {"command", "git", "device", "versions"} <= report.keys()
@@ -161,17 +173,72 @@ def test_table_and_json(place, capsys, tmp_path):
 
 def test_pictures_of_other_tools_are_scored(place, capsys, tmp_path):
     """One grey level is 49.45 dB, a little more where white gets less. The file names are those of tools."""
-    files = [("baby", "babyx4"), ("bird", "bird_x4"), ("head", "head_MYNET_x4"), ("head", "head_old")]
+    files = [("baby", "babyx4"), ("baby", "baby_old"), ("bird", "bird_x4"), ("head", "head_MYNET_x4")]
     for name, file in files:
         hr = data.pair(data.read_image(place / "set" / f"{name}.png"), 4)[1]
-        near = np.where(hr < 255, hr + 1, hr - 1) if file != "head_old" else hr * 0
+        near = np.where(hr < 255, hr + 1, hr - 1) if file != "baby_old" else hr * 0
         iio.imwrite(tmp_path / f"{file}.png", near.astype(np.uint8))
-    out = run(capsys, "--sr", tmp_path, "--data", place / "set", "--scale", "4")
+    words = ["--sr", tmp_path, "--data", place / "set", "--scale", "4"]
+    out = run(capsys, *words)
     assert float(out.splitlines()[1].split()[-1].split("/")[0]) == pytest.approx(49.45, abs=0.05)
     (tmp_path / "bird_x4.png").unlink()
-    assert "no picture for bird" in error(capsys, "--sr", tmp_path, "--data", place / "set", "--scale", "4")
+    assert "no picture for bird" in error(capsys, *words)
     iio.imwrite(tmp_path / "bird.png", noise(8, 8, 3))
-    assert "(8, 8, 3)" in error(capsys, "--sr", tmp_path, "--data", place / "set", "--scale", "4")
+    assert "(8, 8, 3)" in error(capsys, *words)
+
+
+@pytest.mark.parametrize("files", [("head_bicubic.png", "head_mine.png"), ("head.png", "headx2.png")])
+def test_two_results_for_one_picture_are_refused(place, capsys, tmp_path, files):
+    for file in files:
+        iio.imwrite(tmp_path / file, data.read_image(place / "set" / "head.png")[:, :40])
+    line = error(capsys, "--sr", tmp_path, "--data", place / "set" / "head.png", "--scale", "2")
+    assert f"{files[0]} and {files[1]} for head" in line
+
+
+def test_json_stays_json_for_equal_pictures(place, capsys, tmp_path):
+    file = tmp_path / "t.json"
+    out = run(capsys, place / "a.pt", "--against", place / "a.pt", "--data", place / "set", "--json", file)
+    text = file.read_text()
+    row = json.loads(text)["results"][str(place / "a.pt")][str(place / "set")]
+    assert "Infinity" not in text and "inf/1.0000" in out
+    assert row["psnr"] is None and row["images"]["baby"]["psnr"] is None
+
+
+def test_against_scores_with_the_pictures_of_that_model(place, capsys, tmp_path):
+    file, words = tmp_path / "t.json", ["--data", place / "set", "--json", tmp_path / "t.json"]
+    for against in ("bicubic", place / "b.pt"):
+        run(capsys, place / "a.pt", "bicubic", "--against", against, *words)
+        make = evaluate.resizer(4) if against == "bicubic" else evaluate.upscaler(models.load(against))
+        results = json.loads(file.read_text())["results"]
+        lr = data.read_pair(place / "set" / "bird.png", None, 4)[0]
+        for label, own in ((place / "a.pt", evaluate.upscaler(models.load(place / "a.pt"))),
+                           ("bicubic", evaluate.resizer(4))):
+            psnr = results[str(label)][str(place / "set")]["images"]["bird"]["psnr"]
+            expected = evaluate.psnr_y(own("", lr), make("", lr), 4)
+            assert psnr == pytest.approx(expected, abs=1e-3) if expected < math.inf else psnr is None
+
+
+def test_mean_psnr_of_a_maker():
+    pictures = [(f"{i}", *data.pair(smooth(40, 48, seed=i), 4)) for i in range(20)]
+    expected = np.mean([evaluate.psnr_y(data.imresize(lr, 4), hr, 4) for _, lr, hr in pictures])
+    assert evaluate.mean_psnr(evaluate.resizer(4), pictures, 4, "bicubic") == pytest.approx(expected)
+
+
+def test_scores_are_computed_beside_the_next_pictures_and_few_pictures_wait():
+    made, scored, main = [], [], threading.get_ident()
+
+    def jobs():
+        for i in range(30):
+            made.append(i)
+            assert len(made) - len(scored) <= 10
+            yield (i,)
+
+    def slow(i):
+        time.sleep(0.002)
+        scored.append(threading.get_ident())
+        return i * i
+    assert evaluate.in_threads(slow, jobs()) == [i * i for i in range(30)]
+    assert main not in scored
 
 
 def test_bench_takes_turns(place, capsys, monkeypatch):
@@ -225,24 +292,104 @@ def test_upscaling_keeps_grey_and_alpha(place, capsys, tmp_path, channels):
         assert np.abs(big.astype(int) - evaluate.to_uint8(whole)).max() <= 1
 
 
-def test_a_folder_is_upscaled_and_nothing_is_overwritten(place, capsys, tmp_path):
+def test_a_folder_is_upscaled_and_finished_pictures_are_kept(place, capsys, tmp_path):
     big = tmp_path / "big"
     words = [place / "a.pt", "--input", place / "set", "--output", big, "--self-ensemble", "--tile", 8]
     run(capsys, *words)
     assert sorted(path.name for path in big.iterdir()) == ["baby_x4.png", "bird_x4.png", "head_x4.png"]
-    assert "exists already" in error(capsys, *words)
+    (big / "bird_x4.png").unlink()
+    (big / "head_x4.png").write_text("kept")
+    lines = run(capsys, *words).splitlines()
+    assert lines == [f"{big / name}_x4.png exists already and is kept" for name in ("baby", "head")]
+    assert (big / "head_x4.png").read_text() == "kept"
+    assert iio.imread(big / "bird_x4.png").shape == (160, 256, 3)
+
+
+def test_bad_pictures_do_not_stop_the_others(place, capsys, tmp_path):
+    shutil.copytree(place / "set", tmp_path / "in")
+    for name in ("bad1.png", "bird.png"):
+        (tmp_path / "in" / name).write_text("text")
+    line = error(capsys, place / "a.pt", "--input", tmp_path / "in", "--output", tmp_path / "big")
+    assert "bad1.png is not a readable image" in line and "bird.png is not a readable image" in line
+    assert line.endswith("2 of 4 pictures are done")
+    assert sorted(path.name for path in (tmp_path / "big").iterdir()) == ["baby_x4.png", "head_x4.png"]
+
+
+def test_lr_pictures_are_written_for_other_tools(place, capsys, tmp_path):
+    shutil.copytree(place / "set", tmp_path / "other")
+    words = ["--scale", 4, "--data", place / "set"]
+    run(capsys, "--write-lr", tmp_path / "lr", *words)
+    run(capsys, "--write-lr", tmp_path / "both", *words, tmp_path / "other")
+    names = ["babyx4.png", "birdx4.png", "headx4.png"]
+    for folder in (tmp_path / "lr", tmp_path / "both" / "set", tmp_path / "both" / "other"):
+        assert sorted(path.name for path in folder.iterdir()) == names
+    lr = data.read_pair(place / "set" / "baby.png", None, 4)[0]
+    assert np.array_equal(iio.imread(tmp_path / "lr" / "babyx4.png"), lr)
+    (tmp_path / "lr" / "babyx4.png").write_text("kept")
+    assert "babyx4.png exists already and is kept" in run(capsys, "--write-lr", tmp_path / "lr", *words)
+    assert (tmp_path / "lr" / "babyx4.png").read_text() == "kept"
+    assert "same name" in error(capsys, "--write-lr", tmp_path / "new", *words, place / "set")
 
 
 def test_two_pictures_of_one_name_are_refused(place, capsys, tmp_path):
     for name in ("a.png", "a.bmp"):
         iio.imwrite(tmp_path / name, smooth(32, 32))
     assert "same name" in error(capsys, place / "a.pt", "--data", tmp_path)
+    assert "same name" in error(capsys, place / "a.pt", "--input", tmp_path, "--output", tmp_path / "big")
+    assert not (tmp_path / "big").exists()
 
 
-def test_a_format_without_alpha_is_named(place, capsys, tmp_path):
-    iio.imwrite(tmp_path / "in.png", smooth(20, 24, 4))
-    words = [place / "a.pt", "--input", tmp_path / "in.png", "--output", tmp_path / "out.jpg"]
-    assert "out.jpg cannot be written" in error(capsys, *words) and not (tmp_path / "out.jpg").exists()
+@pytest.mark.parametrize("shape, file, reason", [
+    ((20, 24, 4), "out.jpg", "cannot write mode RGBA as JPEG"),
+    ((1, 4100, 3), "out.webp", "A .png holds any picture"),
+    ((16400, 1, 3), "out.gif", "A .png holds any picture"),
+    ((20, 24, 3), "out.xyz", "Pillow writes no such format"),
+    ((20, 24, 3), "out.psd", "Pillow writes no such format")])
+def test_what_a_format_cannot_hold_is_refused_before_the_work(place, capsys, tmp_path, monkeypatch,
+                                                             shape, file, reason):
+    monkeypatch.setattr(evaluate, "upscale", None)  # a call would fail
+    iio.imwrite(tmp_path / "in.png", noise(*shape))
+    line = error(capsys, place / "a.pt", "--input", tmp_path / "in.png", "--output", tmp_path / file)
+    assert f"{file} cannot be written" in line and reason in line
+    assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
+
+
+def test_errors_of_a_writer_are_one_line(tmp_path):
+    sizes = {"a.webp": (1, 16384, 3), "a.gif": (1, 65536, 3), "a.psd": (8, 8, 3), "a": (8, 8, 3)}
+    for file, shape in sizes.items():
+        with pytest.raises(data.DataError, match=f"{file} cannot be written"):
+            evaluate.write_picture(tmp_path / file, np.zeros(shape, np.uint8))
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_output_with_a_suffix_is_a_file(place, capsys, tmp_path):
+    baby, v2 = place / "set" / "baby.png", tmp_path / "big.v2"
+    run(capsys, place / "a.pt", "--input", baby, "--output", tmp_path / "big.jp2")
+    assert (tmp_path / "big.jp2").is_file()
+    line = error(capsys, place / "a.pt", "--input", baby, "--output", tmp_path / "big.jp2")
+    assert "big.jp2 exists already" in line
+    line = error(capsys, place / "a.pt", "--input", place / "set", "--output", tmp_path / "all.png")
+    assert "all.png is a file: name a folder" in line and not (tmp_path / "all.png").exists()
+    v2.mkdir()
+    run(capsys, place / "a.pt", "--input", baby, "--output", v2)
+    assert (v2 / "baby_x4.png").is_file()
+
+
+@pytest.mark.parametrize("file", ["out.png", "out.jpg", "out.tif", "out.webp", "out.bmp"])
+def test_the_colour_profile_is_kept(place, capsys, tmp_path, file):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    save(noise(20, 24, 3), tmp_path / "in.png", icc_profile=profile)
+    run(capsys, place / "a.pt", "--input", tmp_path / "in.png", "--output", tmp_path / file)
+    with Image.open(tmp_path / file) as written:
+        assert written.info.get("icc_profile") == (None if file == "out.bmp" else profile)
+
+
+def test_the_colour_profile_of_a_converted_picture_is_left_out(place, capsys, tmp_path):
+    profile = bytes(16) + b"CMYK" + bytes(108)
+    save(noise(20, 24, 3), tmp_path / "in.jpg", mode="CMYK", icc_profile=profile)
+    run(capsys, place / "a.pt", "--input", tmp_path / "in.jpg", "--output", tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as written:
+        assert written.mode == "RGB" and "icc_profile" not in written.info
 
 
 def test_bicubic_is_a_model_too(place, capsys, tmp_path):
@@ -259,3 +406,39 @@ def test_bfloat16_is_near(place, capsys, tmp_path):
         run(capsys, place / "a.pt", *words, "--precision", kind)
         made.append(iio.imread(tmp_path / f"{kind}.png").astype(int))
     assert 0 < np.abs(made[0] - made[1]).max() < 12
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp932", "ascii"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_is_printed_in_any_encoding(program, encoding):
+    words = [sys.executable, Path(evaluate.__file__).with_name(program), "--help"]
+    done = subprocess.run(words, capture_output=True, env=os.environ | dict(PYTHONIOENCODING=encoding))
+    assert done.returncode == 0 and not done.stderr and b"--device" in done.stdout
+
+
+def test_it_runs_without_stdout_and_stderr(place, monkeypatch, tmp_path):
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)
+    evaluate.main([str(place / "a.pt"), "--input", str(place / "set"), "--output", str(tmp_path / "big")])
+    assert len(list((tmp_path / "big").iterdir())) == 3
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["nowhere.pt", "--bench"])
+    assert stop.value.code == 2
+
+
+def test_a_device_has_its_number(monkeypatch):
+    """torch.cuda.set_device does not take a device without one."""
+    on_gpu = SimpleNamespace(item=float, device=torch.device("cuda:0"))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: on_gpu)
+    assert evaluate.pick_device("cuda") == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("kind, text, ends", [
+    (MemoryError, "", True),
+    (RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", True),
+    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 9 GiB", True),
+    (RuntimeError, "mat1 and mat2 shapes cannot be multiplied", False)])
+def test_only_an_error_of_memory_is_called_so(capsys, kind, text, ends):
+    with pytest.raises(SystemExit if ends else kind), evaluate.command_line():
+        raise kind(text)
+    assert ends == ("error: out of memory" in capsys.readouterr().err)
