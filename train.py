@@ -6,13 +6,13 @@
     torchrun --nproc_per_node=2 train.py --teacher FILE --data DIR          one batch on two GPUs
     python train.py --resume --out runs/NAME                                go on where a run stopped
 
-Read downward: the settings, one update, the loop, the run, what it needs, what is faster, the command line.
+Read downward: recipes and settings, the loss, the loop, what a run keeps, its set-up, speed, the flags.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import datetime
-import itertools
 import json
 import math
 import os
@@ -34,18 +34,27 @@ import models
 from dukd import (InvertibleAugmentation, at_loss, dukd_loss, fakd_loss, fitnet_loss, tapped, together,
                   zoom_in, zoom_out)
 
-# A method is a row of defaults. Every flag overrides its entry, so the terms of several methods combine.
-METHODS = {
-    "dukd": dict(lambda_rec=1.0, lambda_kd=1.0, lambda_dukd=1.0, feature="none"),  # the paper's equation
-    "dukd_released": dict(lambda_rec=5.0, lambda_kd=1.0, lambda_dukd=0.5, feature="none"),  # RCAN: `complete`
-    "kd": dict(lambda_rec=1.0, lambda_kd=1.0, lambda_dukd=0.0, feature="none"),
-    "scratch": dict(lambda_rec=1.0, lambda_kd=0.0, lambda_dukd=0.0, feature="none"),
-    "fitnet": dict(lambda_rec=1.0, lambda_kd=0.0, lambda_dukd=0.0, feature="fitnet"),
-    "at": dict(lambda_rec=1.0, lambda_kd=0.0, lambda_dukd=0.0, feature="at"),
-    "fakd": dict(lambda_rec=1.0, lambda_kd=1.0, lambda_dukd=0.0, feature="fakd"),
+# What --method stands for. A row may be for one family of teachers, or for one scale of it: the longest name
+# that fits counts. Every flag overrides its entry, so the terms of several methods combine.
+ENTRIES = ("lambda_rec", "lambda_kd", "lambda_dukd", "zoom_out", "zoom_out_rec", "crops", "p", "feature")
+RECIPES = {
+    #                        λ_rec λ_kd λ_dukd zoom_out zoom_out_rec crops p    feature
+    "dukd":                  (1.0, 1.0, 1.0,   True,    True,        1,    0.3, "none"),  # the paper's (1)
+    "dukd_released":         (5.0, 1.0, 0.5,   False,   False,       1,    0.3, "none"),  # SwinIR, and others
+    "dukd_released edsr":    (5.0, 1.0, 0.5,   True,    True,        1,    0.3, "none"),
+    "dukd_released edsr x2": (5.0, 1.0, 0.5,   True,    True,        2,    0.3, "none"),
+    "dukd_released rcan":    (1.0, 1.0, 0.5,   False,   False,       1,    0.0, "none"),
+    "dukd_released rcan x3": (2.0, 1.0, 0.5,   True,    True,        1,    0.3, "none"),
+    "kd":                    (1.0, 1.0, 0.0,   True,    True,        1,    0.3, "none"),
+    "scratch":               (1.0, 0.0, 0.0,   True,    True,        1,    0.3, "none"),
+    "fitnet":                (1.0, 0.0, 0.0,   True,    True,        1,    0.3, "fitnet"),
+    "at":                    (1.0, 0.0, 0.0,   True,    True,        1,    0.3, "at"),
+    "fakd":                  (1.0, 1.0, 0.0,   True,    True,        1,    0.3, "fakd"),
 }
+METHODS = [name for name in RECIPES if " " not in name]
 FEATURE_LOSSES = {"fitnet": fitnet_loss, "at": at_loss, "fakd": fakd_loss}
 OPERATIONS = InvertibleAugmentation.OPERATIONS
+SHORT_RUN = "--steps 1000 --batch 4 --patch 24 --lr 2e-3 --schedule cosine"  # the README's first command
 
 
 def option(default, text, **extra):
@@ -69,16 +78,16 @@ DIRS = dict(nargs="+", metavar="DIR")
 
 @dataclasses.dataclass
 class Config:
-    """Everything that a run depends on. None stands for the released code's value: see `complete`."""
+    """Everything that a run depends on. None stands for the recipe's value: see `complete`."""
     teacher: str = option("", "checkpoint of the frozen teacher f_T, of any known format", metavar="FILE")
     student: str = option("small", f"the student f_S: small (the paper's), {models.NAMES_HELP}")
-    method: str = option("dukd", "the defaults of the losses", choices=[*METHODS])
+    method: str = option("dukd", "the recipe: the defaults of the losses", choices=METHODS)
     scale: int = option(None, "s (the teacher's, else 4)", choices=models.SCALES, type=int)
     data: list = option((), "folders of HR training images (scikit-image's photographs)", **DIRS)
     lr_data: list = option((), "folders of their LR images (made): 0001x4.png for 0001.png", **DIRS)
     val: list = option((), "folders of held-out HR images, LR is made (1 to 10 of --data)", **DIRS)
     init: str = option("", "checkpoint that the student starts from, of any scale", metavar="FILE")
-    out: str = option("", "run folder (the next free runs/METHOD_STUDENT_xSCALE)", metavar="DIR")
+    out: str = option("", "run folder (a free runs/METHOD_STUDENT_xSCALE_sSEED)", metavar="DIR")
     resume: bool = option(False, "go on with the run in --out", action="store_true")
 
     steps: int = option(250_000, "updates; the schedule scales with them", type=COUNT)
@@ -92,84 +101,123 @@ class Config:
     lambda_rec: float = option(None, "λ_rec, of |f_S(I_LR) − I_HR|; 0 switches a term off", type=WEIGHT)
     lambda_kd: float = option(None, "λ_kd, of |f_S(I_LR) − f_T(I_LR)|", type=WEIGHT)
     lambda_dukd: float = option(None, "λ_dukd, of the zoom-in and zoom-out terms", type=WEIGHT)
-    zoom_in: bool = option(None, "learn labels of HR crops (with λ_dukd)", action=SWITCH)
-    zoom_out: bool = option(None, "learn labels of reduced LR patches (EDSR, RCAN x3)", action=SWITCH)
-    zoom_out_rec: bool = option(None, "learn I_LR from reduced LR patches (with zoom-out)", action=SWITCH)
-    crops: int = option(None, "zoom-in crops of each HR patch (1; EDSR x2: 2)", type=between(1, 1024, int))
+    zoom_in: bool = option(None, "learn labels of HR crops (on); without it F is off, too", action=SWITCH)
+    zoom_out: bool = option(None, "learn labels of reduced LR patches", action=SWITCH)
+    zoom_out_rec: bool = option(None, "learn I_LR from reduced LR patches, times λ_rec", action=SWITCH)
+    crops: int = option(None, "zoom-in crops of each HR patch", type=between(1, 1024, int))
     consistency: str = option(None, "what passes through F (zoom_in)",
                               choices=("zoom_in", "zoom_out", "both", "none"))
     ops: list = option(None, "operations of F (all)", choices=OPERATIONS, nargs="+")
-    p: float = option(None, "probability of each operation of F (0.3; RCAN x2, x4: 0)", type=between(0, 1))
+    p: float = option(None, "probability of each operation of F", type=between(0, 1))
     feature: str = option(None, "feature loss, summed over four taps", choices=("none", *FEATURE_LOSSES))
     lambda_feature: float = option(None, "weight of the feature loss (fakd 10, others 1)", type=WEIGHT)
 
     device: str = option("", "cpu, cuda, cuda:1, … (cuda where there is one)", metavar="NAME")
-    precision: str = option("auto", "of the networks; auto: bfloat16 where the device computes in it",
-                            choices=("auto", "float32", "bfloat16"))
+    precision: str = option("auto", "of the networks; auto: bfloat16 where the device computes in it; "
+                            "float32 is TF32 in CUDA's convolutions", choices=("auto", "float32", "bfloat16"))
     compile: bool = option(None, "torch.compile and a recorded CUDA graph (on CUDA)", action=SWITCH)
     cache: str = option("", "folder for large sets of decoded images (~/.cache/dukd)", metavar="DIR")
     val_every: int = option(None, "steps between validations (a tenth of the run, at most 5000)", type=COUNT)
     bench: int = option(0, "time N steps, print one line of JSON, write nothing", metavar="N", type=COUNT)
 
 
-def sample_batch(patches, c, step, rank=0, world=1):
-    """(I_LR, I_HR, z of zoom-in, z of zoom-out, the F of each z). A z that no term needs is None.
-    All that is random is a function of (seed, step): every process draws the same batch and returns its part.
-    The patches are drawn first, so that every method sees the same ones."""
-    torch.manual_seed(c.seed * 1_000_003 + step)
+@dataclasses.dataclass
+class Batch:
+    """The inputs of L in one step. What no term needs is None."""
+    lr: torch.Tensor  # I_LR (N,3,h,w)
+    hr: torch.Tensor  # I_HR (N,3,s·h,s·w)
+    z_in: torch.Tensor | None = None  # z of zoom-in (N·crops,3,h,w)
+    z_out: torch.Tensor | None = None  # z of zoom-out (N,3,h/s,w/s)
+    F_in: InvertibleAugmentation | None = None  # what z_in passes through on its way into the student
+    F_out: InvertibleAugmentation | None = None
+
+
+def draw_patches(patches, c, step, rank=0, world=1):
+    """The training pairs of a step: I_LR (N,3,h,w) and I_HR (N,3,s·h,s·w), turned at random.
+    They are a function of (seed, step): every method sees the same pairs, and any step can be resumed.
+    Each of `world` processes draws the whole batch and returns its part."""
+    seed = 1000 * (c.seed * 1_000_003 + step)
+    torch.manual_seed(seed)
     lr, hr = patches.sample(c.batch)
     turn = InvertibleAugmentation.sample(c.batch, ("hflip", "vflip", "transpose"), 0.5, device=lr.device)
-    lr, hr = turn.apply(lr), turn.apply(hr)
-    z_in = zoom_in(hr.repeat_interleave(c.crops, 0), c.patch) if c.zoom_in else None
-    z_out = zoom_out(lr, c.scale) if c.zoom_out or c.zoom_out_rec else None
-    ops_in, ops_out = (c.ops if c.consistency in (name, "both") else () for name in ("zoom_in", "zoom_out"))
-    F_in = InvertibleAugmentation.sample(c.batch * c.crops, ops_in, c.p, device=lr.device)
-    F_out = InvertibleAugmentation.sample(c.batch, ops_out, c.p, device=lr.device)
-    whole = (lr, hr, z_in, z_out, F_in, F_out)
-    return tuple(x if x is None else x[len(x) * rank // world:len(x) * (rank + 1) // world] for x in whole)
+    lr = turn.apply(lr).chunk(world)[rank]
+    hr = turn.apply(hr).chunk(world)[rank]
+    torch.manual_seed(seed + 1 + rank)  # for what each process draws next: z, F, drop-path
+    return lr, hr
+
+
+def upcycle(lr, hr, c):
+    """The Batch of these training pairs: draws z of zoom-in and of zoom-out, and the F of each."""
+    batch = Batch(lr, hr)
+    if c.zoom_in:
+        batch.z_in = zoom_in(hr.repeat_interleave(c.crops, dim=0), c.patch)
+        if c.consistency in ("zoom_in", "both"):
+            batch.F_in = InvertibleAugmentation.sample(len(batch.z_in), c.ops, c.p, device=lr.device)
+    if c.zoom_out or c.zoom_out_rec:
+        batch.z_out = zoom_out(lr, c.scale)
+        if c.consistency in ("zoom_out", "both"):
+            batch.F_out = InvertibleAugmentation.sample(len(batch.z_out), c.ops, c.p, device=lr.device)
+    return batch
+
+
+def term_weights(c):
+    """{name: λ} of the terms of L that are on."""
+    weights = dict(rec=c.lambda_rec, kd=c.lambda_kd, zoom_in=c.zoom_in and c.lambda_dukd,
+                   zoom_out=c.zoom_out and c.lambda_dukd,
+                   zoom_out_rec=c.zoom_out_rec and c.lambda_dukd * c.lambda_rec, feature=c.lambda_feature)
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 def losses(student, teacher, batch, c):
-    """Every term of L, times its λ: {name: scalar}. Their sum is L. Only the student gets gradients."""
-    lr, hr, z_in, z_out, F_in, F_out = batch
-    s_taps, t_taps = (net.taps if c.lambda_feature else () for net in (student, teacher))
-    with torch.autocast(lr.device.type, torch.bfloat16, enabled=c.precision == "bfloat16"):
+    """Each term of L times its λ, {name: scalar}; their sum is L (dukd.py has the equations).
+    Only the student gets gradients."""
+    weights, terms = term_weights(c), {}
+    F_in, F_out = batch.F_in, batch.F_out
+
+    to_teacher, to_student = {}, {"lr": batch.lr}  # {name: input}
+    if "kd" in weights or "feature" in weights:
+        to_teacher["lr"] = batch.lr
+    if "zoom_in" in weights:
+        to_teacher["z_in"] = batch.z_in
+        to_student["z_in"] = F_in.apply(batch.z_in) if F_in else batch.z_in
+    if "zoom_out" in weights:
+        to_teacher["z_out"] = batch.z_out
+    if "zoom_out" in weights or "zoom_out_rec" in weights:
+        to_student["z_out"] = F_out.apply(batch.z_out) if F_out else batch.z_out
+
+    t_taps = teacher.taps if "feature" in weights else ()
+    s_taps = student.taps if "feature" in weights else ()
+    with torch.autocast(batch.lr.device.type, torch.bfloat16, enabled=c.precision == "bfloat16"):
         with torch.no_grad(), tapped(teacher, t_taps) as t_features:
-            x = lr if c.lambda_kd or c.lambda_feature else None
-            t_lr, t_in, t_out = together(teacher, x, z_in, z_out if c.zoom_out else None)
+            t = together(teacher, to_teacher)  # the labels, {name: (·,3,·,·)}
         with tapped(student, s_taps) as s_features:
-            s_lr, s_in, s_out = together(student, lr, F_in.apply(z_in), F_out.apply(z_out))
+            s = together(student, to_student)
 
-    n = len(lr)  # features are compared for I_LR alone: F has moved those of z
-    pairs = [(s_features[s][:n], t_features[t][:n]) for s, t in zip(s_taps, t_taps)]
-    terms = dict(rec=lambda: l1_loss(s_lr, hr),  # functions: a term that is off has no inputs
-                 kd=lambda: l1_loss(s_lr, t_lr),
-                 zoom_in=lambda: dukd_loss(s_in, t_in, F_in),
-                 zoom_out=lambda: dukd_loss(s_out, t_out, F_out),
-                 zoom_out_rec=lambda: dukd_loss(s_out, lr, F_out),
-                 feature=lambda: sum(FEATURE_LOSSES[c.feature](s, t) for s, t in pairs))
-    return {name: weight * terms[name]() for name, weight in term_weights(c).items()}
+    if "rec" in weights:
+        terms["rec"] = l1_loss(s["lr"], batch.hr)
+    if "kd" in weights:
+        terms["kd"] = l1_loss(s["lr"], t["lr"])
+    if "zoom_in" in weights:
+        terms["zoom_in"] = dukd_loss(s["z_in"], t["z_in"], F_in)
+    if "zoom_out" in weights:
+        terms["zoom_out"] = dukd_loss(s["z_out"], t["z_out"], F_out)
+    if "zoom_out_rec" in weights:
+        terms["zoom_out_rec"] = dukd_loss(s["z_out"], batch.lr, F_out)
+    if "feature" in weights:
+        n = len(batch.lr)  # I_LR comes first in the first forward. F has moved the features of z.
+        terms["feature"] = sum(FEATURE_LOSSES[c.feature](s_features[s_tap][:n], t_features[t_tap][:n])
+                               for s_tap, t_tap in zip(s_taps, t_taps))
+    return {name: weights[name] * term for name, term in terms.items()}
 
 
-def gradients(run, batch):
-    """L of a batch, and its gradient in .grad. Returns every term and their sum, (k,), without gradient."""
-    terms = losses(run.student, run.teacher, batch, run.c)
+def forward_backward(run, lr, hr):
+    """Upcycles the pairs, computes L and leaves its gradient in .grad of run.weights.
+    Returns every term of L and their sum, (k,), without gradient. On CUDA, `Recorded` replays all of it."""
+    terms = losses(run.student, run.teacher, upcycle(lr, hr, run.c), run.c)
     total = sum(terms.values())
     run.optimizer.zero_grad()
     total.backward()
     return torch.stack([*terms.values(), total]).detach()
-
-
-def update(run, batch):
-    """One step: L and its gradient, Adam, the averaged weights. Returns what `gradients` does."""
-    terms = run.gradients(batch)
-    average_over_processes([terms, *(w.grad for w in run.weights if w.grad is not None)], run.world)
-    run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, run.c)
-    run.optimizer.step()
-    decay = min(run.c.ema, (1 + run.step) / (10 + run.step))  # forgets the random start soon
-    with torch.no_grad():
-        torch._foreach_lerp_(run.averaged, run.weights, 1 - decay)
-    return terms
 
 
 def learning_rate(step, c):
@@ -181,57 +229,92 @@ def learning_rate(step, c):
 
 def average_over_processes(tensors, world):
     """Gives each of `world` processes the mean of each tensor, with one exchange."""
-    if world > 1:
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, mean in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
-            t.copy_(mean.view_as(t))
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for t, mean in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
+        t.copy_(mean.view_as(t))
 
 
 def train(c, command=""):
     """One run, from a Config to a student in its folder. Returns the Run.
     ConfigError, DataError, CheckpointError or OSError where settings or files cannot be used."""
     run = Run(c)
-    if run.c.bench:
-        return bench(run, command)
-    start(run, command)
+    c, last = run.c, run.last_step
+    if not c.bench:
+        start(run, command)
     accelerate(run)
-    stop = []
-
-    def finish_step(number, frame):  # a second signal ends the program
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    handlers = {number: signal.signal(number, finish_step) for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=run.c.steps, initial=run.step, disable=run.rank > 0, ncols=80, mininterval=0.5,
+    first = run.step
+    window, times = [], [time.perf_counter()]  # terms of the steps since the last look at them; when it was
+    bar = tqdm(total=last, initial=first, disable=run.rank > 0, ncols=80, mininterval=0.5,
                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
-    while run.step < run.c.steps and not (run.step % run.log_every == 0 and agreed(stop, run)):
-        run.terms.append(update(run, sample_batch(run.patches, run.c, run.step, run.rank, run.world)))
-        run.step += 1
-        validating = run.step % run.val_every == 0 or run.step == run.c.steps
-        if validating or run.step % run.log_every == 0:
-            loss = run.log(validating)
-            psnr = f"{run.psnr:.2f}" if run.psnr > 0 else "?"  # not validated yet
-            bar.set_postfix_str(f"loss {loss:.4f}, {psnr} dB (bicubic {run.bicubic:.2f})", False)
-        if validating and run.rank == 0:
-            run.save()
-        bar.update()
-    bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if run.rank == 0:
+    with caught_signals() as signals, bar:
+        while run.step < last:
+            lr, hr = draw_patches(run.patches, c, run.step, run.rank, run.world)
+            window.append(run.forward_backward(lr, hr))  # (k,)
+            if run.world > 1:
+                gradients = [w.grad for w in run.weights if w.grad is not None]
+                average_over_processes([window[-1], *gradients], run.world)
+            run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, c)
+            run.optimizer.step()
+            decay = min(c.ema, (1 + run.step) / (10 + run.step))  # lower at first: they start at random
+            with torch.no_grad():
+                torch._foreach_lerp_(run.averaged, run.weights, 1 - decay)
+            run.step += 1
+            bar.update()
+
+            validating = not c.bench and (run.step % run.val_every == 0 or run.step == last)
+            if run.step % run.log_every and not validating:
+                continue
+            means = torch.stack(window).mean(0).tolist()  # a GPU waits here
+            window.clear()
+            times.append(time.perf_counter())
+            if c.bench:
+                continue
+            run.check_weights()
+            if run.rank == 0:
+                if validating:
+                    run.psnr = run.score(evaluate.upscaler(run.ema), "student")
+                run.write_row(means, validating)
+                if validating:
+                    run.save()
+                psnr = "?" if math.isnan(run.psnr) else f"{run.psnr:.2f}"
+                bar.set_postfix_str(f"loss {means[-1]:.4f}, {psnr} dB (bicubic {run.bicubic:.2f})", False)
+            if run.step == first + 20:
+                warn_of_a_long_run(run, times)
+            if run.step % run.log_every == 0 and any_process_has(signals, run):
+                break
+    if c.bench:
+        print_bench(run, times, command)
+    elif run.rank == 0:
         finish(run)
     if run.world > 1:
         dist.destroy_process_group()
-    if stop:
-        raise SystemExit(128 + stop[0])
+    if signals:
+        raise SystemExit(128 + signals[0])
     return run
 
 
-def agreed(stop, run):
-    """Whether any process got a signal. They ask each other: a signal comes at different steps."""
-    flag = torch.tensor([float(len(stop))], device=run.device)
-    average_over_processes([flag], run.world)
-    return flag.item() > 0
+@contextlib.contextmanager
+def caught_signals():
+    """Yields a list that gets the number of a SIGINT or SIGTERM. A second signal ends the program."""
+    caught = []
+
+    def handle(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield caught
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def any_process_has(signals, run):
+    """Whether a signal came to any process. They ask each other, so that all stop after the same step."""
+    if run.world == 1:
+        return len(signals) > 0
+    share = torch.tensor([float(len(signals))], device=run.device)
+    average_over_processes([share], run.world)
+    return share.item() > 0
 
 
 class ConfigError(ValueError):
@@ -244,129 +327,91 @@ class Run:
     def __init__(self, c):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.rank > 0:
-            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-        evaluate.keep_freed_memory()
-        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        self.device = evaluate.pick_device(c.device or local)
-        if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-            torch.cuda.set_device(self.device)
-            torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+            sys.stdout = open(os.devnull, "w", errors="replace")  # the first process speaks for all
+        self.device = set_up_device(c.device)
         teacher = models.load(c.teacher).requires_grad_(False) if c.teacher else None
+        self.changes = [] if c.resume else changes_to_the_recipe(c)
         self.c = c = complete(c, teacher)
         if c.precision == "auto":
             c.precision = "bfloat16" if computes_bfloat16(self.device) else "float32"
-        names = (f"runs/{c.method}_{c.student}_x{c.scale}_{i}" for i in itertools.count(1))
-        c.out = c.out or next(name for name in names if not os.path.lexists(name))
+        c.out = c.out or free_name(c, self.changes)
         self.out = Path(c.out)
         check(c, teacher, self.world)
         torch.manual_seed(c.seed)
         student = build_student(c, teacher)
         if self.world > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-        store, self.held = prepare_images(c, self.rank, self.world)
+            cuda = self.device.type == "cuda"
+            patience = datetime.timedelta(hours=2)  # the first process decodes the images
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=patience,
+                                    device_id=self.device if cuda else None)
+        store, self.held = prepare_images(c, self.rank, self.world)  # held: [(name, lr, hr)]
         self.patches = data.Patches(store, c.patch, c.scale, self.device)
-        self.options = argparse.Namespace(scale=c.scale, device=self.device, tile=512, self_ensemble=False)
-        self.student, self.teacher = (net and net.to(self.device, memory_format=torch.channels_last)
-                                      for net in (student, teacher))
+
+        self.student = student.to(self.device, memory_format=torch.channels_last)
+        self.teacher = teacher and teacher.to(self.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.weights, self.averaged = list(self.student.parameters()), list(self.ema.parameters())
         self.optimizer = torch.optim.Adam(self.weights, betas=(0.9, 0.99), fused=True)
-        self.gradients = lambda batch: gradients(self, batch)
+        self.forward_backward = lambda lr, hr: forward_backward(self, lr, hr)
+        self.step, self.psnr, self.best, self.bicubic, self.log_bytes = 0, math.nan, -math.inf, math.nan, 0
         self.val_every = c.val_every or max(1, min(c.steps // 10, 5000))
         self.log_every = 10 if self.device.type == "cuda" else 1  # a look at the terms makes a GPU wait
-        self.terms = []  # what `update` returned since the last row of log.csv
-        self.step, self.psnr, self.best, self.bicubic, self.log_bytes = 0, math.nan, -math.inf, math.nan, 0
+        self.last_step = self.log_every * (WARM_UP + -(-c.bench // self.log_every)) if c.bench else c.steps
 
-    def score(self, net, name):
-        """Mean PSNR on Y over the held-out pictures of a network in float32, or of "bicubic"."""
-        bar = tqdm(self.held, desc=f"held-out pictures, {name}", leave=False, delay=1, ncols=80)
-        pairs = ((evaluate.enlarge(net, name, lr, self.options), hr) for _, lr, hr in bar)
-        return float(np.mean([evaluate.psnr_y(sr, hr, self.c.scale) for sr, hr in pairs]))
+    def state(self):
+        """What last.ckpt holds: all that `restore` needs."""
+        return dict(student=self.student.state_dict(), ema=self.ema.state_dict(),
+                    optimizer=self.optimizer.state_dict(), step=self.step, psnr=self.psnr, best=self.best,
+                    log_bytes=self.log_bytes)
 
-    def log(self, validating):
-        """Adds a row to log.csv: the mean terms since the last row, the held-out PSNR. Returns the mean loss.
-        ConfigError where a weight is NaN or infinite: last.ckpt is older, and good."""
-        means, self.terms = torch.stack(self.terms).cpu().mean(0).tolist(), []
-        if not torch.nn.utils.get_total_norm(self.weights).isfinite():
-            raise ConfigError(f"the weights are not finite after step {self.step}; {self.out} keeps the last "
-                              "good state. A lower --lr or --precision float32 may help")
-        if self.rank == 0:
-            if validating:
-                self.psnr = self.score(self.ema, "student")
-            rate, psnr = learning_rate(self.step - 1, self.c), f"{self.psnr:.4f}" if validating else ""
-            with open(self.out / "log.csv", "a") as f:
-                print(self.step, f"{rate:.3g}", *(f"{mean:.8g}" for mean in means), psnr, sep=",", file=f)
-                self.log_bytes = f.tell()
-        return means[-1]
+    def restore(self, state):
+        """Goes back to a `state`."""
+        self.student.load_state_dict(state["student"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.psnr, self.best = state["step"], state["psnr"], state["best"]
+        self.log_bytes = state["log_bytes"]
 
     def save(self):
-        """Writes student.pt, best.pt where it is the best, and then last.ckpt, all that --resume needs."""
+        """Writes student.pt, best.pt where it is the best so far, and then last.ckpt."""
         raw = self.student.state_dict()
         models.save(self.out / "student.pt", self.ema, raw)
         if self.psnr > self.best:
             self.best = self.psnr
             models.save(self.out / "best.pt", self.ema, raw)
         with models.replacing(self.out / "last.ckpt") as f:
-            torch.save(dict(student=raw, ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict(),
-                            step=self.step, psnr=self.psnr, best=self.best, log_bytes=self.log_bytes), f)
+            torch.save(self.state(), f)
+
+    def score(self, make, label):
+        """Mean PSNR on Y over the held-out pictures of what `make` makes of their LR, in float32."""
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # no search for each picture's size
+            return evaluate.mean_psnr(make, self.held, self.c.scale, label)
+
+    def write_row(self, means, validated):
+        """Adds a row to log.csv: the mean terms since the row before, and the held-out PSNR if it is new."""
+        rate = learning_rate(self.step - 1, self.c)
+        psnr = f"{self.psnr:.4f}" if validated else ""
+        with open(self.out / "log.csv", "a") as f:
+            print(self.step, f"{rate:.3g}", *(f"{mean:.8g}" for mean in means), psnr, sep=",", file=f)
+            self.log_bytes = f.tell()
+
+    def check_weights(self):
+        """ConfigError where a weight is NaN or infinite: last.ckpt is older, and good."""
+        if not torch.nn.utils.get_total_norm(self.weights).isfinite():
+            raise ConfigError(f"the weights are not finite after step {self.step}; {self.out} keeps the last "
+                              "good state. A lower --lr or --precision float32 may help")
 
 
-def complete(c, teacher):
-    """A copy of c with the released code's values for these networks in place of None.
-    What the settings do not use becomes 0, False or empty. ConfigError where it was given."""
-    c = dataclasses.replace(c, scale=c.scale or (teacher.scale if teacher else 4))
-    family, row = teacher.config["arch"] if teacher else "edsr", METHODS[c.method]
-    released, rcan_x3 = c.method == "dukd_released", family == "rcan" and c.scale == 3
-    if released and family == "rcan":
-        row = row | dict(lambda_rec=2.0 if rcan_x3 else 1.0)
-
-    def fill(used, needs, **defaults):  # needs: what would make the settings used
-        for name, value in defaults.items():
-            if getattr(c, name) and not used:
-                raise ConfigError(f"{flag(name)} would have no effect: it needs {needs}")
-            if getattr(c, name) is None:
-                setattr(c, name, value if used else type(value)())
-
-    fill(True, "", **row)
-    fill(c.feature != "none", "--feature", lambda_feature=10.0 if c.feature == "fakd" else 1.0)
-    fill(c.lambda_dukd, "--lambda-dukd", zoom_in=True, zoom_out=not released or family == "edsr" or rcan_x3)
-    fill(c.lambda_rec and c.lambda_dukd, "--lambda-rec and --lambda-dukd", zoom_out_rec=c.zoom_out)
-    fill(c.zoom_in, "zoom-in", crops=2 if released and family == "edsr" and c.scale == 2 else 1)
-    fill(c.zoom_in or c.zoom_out or c.zoom_out_rec, "zoom-in or zoom-out",
-         consistency="zoom_in" if c.zoom_in else "none")
-    fill(c.consistency not in ("", "none"), "--consistency and zoom-in or zoom-out",
-         ops=[*OPERATIONS], p=0.0 if released and family == "rcan" and not rcan_x3 else 0.3)
-    return c
-
-
-def term_weights(c):
-    """{name: λ} of the terms that `losses` returns, in its order."""
-    weights = dict(rec=c.lambda_rec, kd=c.lambda_kd, zoom_in=c.zoom_in and c.lambda_dukd,
-                   zoom_out=c.zoom_out and c.lambda_dukd,
-                   zoom_out_rec=c.zoom_out_rec and c.lambda_dukd * c.lambda_rec, feature=c.lambda_feature)
-    return {name: weight for name, weight in weights.items() if weight}
-
-
-def check(c, teacher, world):
-    """ConfigError for settings that do not fit together."""
-    terms, zooms_out = term_weights(c), c.zoom_out or c.zoom_out_rec
-    for wrong, message in [
-        (not terms, "every loss term is off: nothing to learn from"),
-        (not teacher and {*terms} - {"rec", "zoom_out_rec"}, f"--method {c.method} needs a --teacher"),
-        (not teacher and c.student == "small", "--student small needs a --teacher; or name a size"),
-        (teacher and c.scale != teacher.scale, f"{c.teacher} is no x{c.scale} network: leave --scale out"),
-        (c.lambda_feature and teacher and not teacher.taps, f"{c.teacher} has no known features to compare"),
-        (c.consistency in ("zoom_in", "both") and not c.zoom_in, "--consistency needs zoom-in"),
-        (c.consistency in ("zoom_out", "both") and not zooms_out, "--consistency needs zoom-out"),
-        (zooms_out and c.patch % c.scale, f"zoom-out needs a --patch of a multiple of {c.scale}"),
-        (len({*c.ops}) < len(c.ops), f"--ops names an operation twice: {' '.join(c.ops)}"),
-        (c.batch % world, f"--batch {c.batch} cannot be shared by {world} processes"),
-        (not c.resume and os.path.lexists(c.out), f"{c.out} exists: give --resume, or another --out"),
-    ]:
-        if wrong:
-            raise ConfigError(message)
+def set_up_device(name):
+    """The torch.device of a --device. "cuda", as the default, is this process's own GPU under torchrun."""
+    evaluate.keep_freed_memory()
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = evaluate.pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # cuDNN searches for the fastest algorithm of each shape
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+    return device
 
 
 def computes_bfloat16(device):
@@ -378,14 +423,21 @@ def computes_bfloat16(device):
 
 
 def build_student(c, teacher):
-    """The student by name. With --init, it takes every tensor of that file that fits in name and shape."""
+    """The student by name. With --init, it takes every tensor of that file that fits in name and shape, and
+    the file's residual scale, mean and range, without which the tensors would mean another function."""
     config = models.small(teacher) if c.student == "small" else models.parse(c.student, c.scale)
+    given = models.load(c.init) if c.init and not Path(c.out, "last.ckpt").exists() else None
+    if given:
+        settings = ("res_scale", "mean", "img_range") if given.config["arch"] == config["arch"] else ()
+        config = config | {name: given.config[name] for name in settings if name in given.config}
     student = models.from_config(config)
-    if c.init and not Path(c.out, "last.ckpt").exists():
-        own, given = student.state_dict(), models.load(c.init).state_dict()
-        fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+    if given:
+        own, found = student.state_dict(), given.state_dict()
+        fitting = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
         if lacking := [k for k in own if k not in fitting and not k.startswith("upsample")]:
-            raise ConfigError(f"--init {c.init} does not fit the student: {lacking[0]} is missing or differs")
+            shape = f"is {list(found[lacking[0]].shape)}" if lacking[0] in found else "is missing"
+            raise ConfigError(f"--init {c.init} does not fit the student: {lacking[0]} {shape} there, and "
+                              f"{list(own[lacking[0]].shape)} here ({models.describe(given.config)})")
         student.load_state_dict(fitting, strict=False)
         print(f"init    {len(fitting)} of {len(own)} tensors come from {c.init}", file=sys.stderr)
     return student
@@ -402,27 +454,117 @@ def prepare_images(c, rank=0, world=1):
         images = [path for path in images if path not in held]
     if not images:
         raise ConfigError(f"{c.data[0]} has one image, which is held out: name others with --val")
-    cache = c.cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dukd"
+    trained_on = {path.resolve() for path in images}
+    if shared := [path.name for path in held if path.resolve() in trained_on]:
+        print(f"note: {len(shared)} held-out pictures are trained on, too ({shared[0]}, …): their PSNR says "
+              "nothing about new pictures", file=sys.stderr)
     if rank > 0:
         dist.barrier()  # the first process decodes the images, the others find them
-    store = data.build_store(images, [lr_of[path] for path in images], c.scale, c.patch, cache)
+    store = data.build_store(images, [lr_of[path] for path in images], c.scale, c.patch, c.cache)
     if rank == 0 and world > 1:
         dist.barrier()
     return store, [(path.stem, *data.read_pair(path, lr_of.get(path), c.scale, 8)) for path in held]
 
 
+def complete(c, teacher):
+    """A copy of c with the recipe's values in place of None. What the settings do not use becomes None.
+    ConfigError for a flag that would have no effect."""
+    given = {name: value for name, value in vars(c).items() if value is not None}
+    c = Config(**vars(c) | recipe(c, teacher) | given)
+    if not c.zoom_out and "zoom_out_rec" not in given:
+        c.zoom_out_rec = False
+    if c.consistency is None:
+        c.consistency = "zoom_in" if c.zoom_in else "none"
+    if c.lambda_feature is None:
+        c.lambda_feature = 10.0 if c.feature == "fakd" else 1.0
+
+    zooms = c.zoom_in or c.zoom_out or c.zoom_out_rec
+    upcycles = zooms and c.lambda_dukd
+    for used, names, needs in [
+        (zooms, ["lambda_dukd"], "zoom-in or zoom-out"),
+        (c.lambda_dukd, ["zoom_in", "zoom_out", "zoom_out_rec"], "--lambda-dukd"),
+        (c.lambda_rec, ["zoom_out_rec"], "--lambda-rec"),
+        (upcycles and c.zoom_in, ["crops"], "zoom-in"),
+        (upcycles, ["consistency"], "zoom-in or zoom-out"),
+        (upcycles and c.consistency != "none", ["ops", "p"], "--consistency and zoom-in or zoom-out"),
+        (c.feature != "none", ["lambda_feature"], "--feature"),
+    ]:
+        for name in names if not used else []:
+            if given.get(name):
+                raise ConfigError(f"{flag(name)} would have no effect: it needs {needs}")
+            setattr(c, name, None)
+    return c
+
+
+def recipe(c, teacher):
+    """{setting: value} of the row of RECIPES that fits, with what all rows have in common."""
+    scale = c.scale or (teacher.scale if teacher else 4)
+    family = teacher.config["arch"] if teacher else "edsr"
+    names = [f"{c.method} {family} x{scale}", f"{c.method} {family}", c.method]
+    row = next(RECIPES[name] for name in names if name in RECIPES)
+    return dict(zip(ENTRIES, row), zoom_in=True, ops=[*OPERATIONS], scale=scale)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def changes_to_the_recipe(c):
+    """The flags of the losses that c sets itself, as they are typed: ["--no-zoom-out", "--p 0.5"]."""
+    typed = []
+    for name in LOSS_SETTINGS:
+        value = getattr(c, name)
+        if isinstance(value, bool):
+            typed.append(flag(name if value else f"no_{name}"))
+        elif value is not None:
+            words = value if isinstance(value, list) else [value]
+            typed.append(" ".join(map(str, [flag(name), *words])))
+    return typed
+
+
+def free_name(c, changes):
+    """The next free run folder: runs/dukd_no-zoom-out_small_x4_s0, and then …_s0_2."""
+    name = "_".join([c.method, *(change[2:].replace(" ", "-") for change in changes), c.student])
+    name, number = f"runs/{name}_x{c.scale}_s{c.seed}", 2
+    free = name
+    while os.path.lexists(free):
+        free, number = f"{name}_{number}", number + 1
+    return free
+
+
+def check(c, teacher, world):
+    """ConfigError for settings that do not fit together."""
+    terms, zooms_out = term_weights(c), c.zoom_out or c.zoom_out_rec
+    for wrong, message in [
+        (not terms, "every loss term is off: nothing to learn from"),
+        (not teacher and {*terms} - {"rec", "zoom_out_rec"}, f"--method {c.method} needs a --teacher"),
+        (not teacher and c.student == "small", "--student small needs a --teacher; or name a size"),
+        (teacher and c.scale != teacher.scale,
+         f"{c.teacher} is a x{teacher and teacher.scale} network, not x{c.scale}: leave --scale out"),
+        (c.lambda_feature and teacher and not teacher.taps, f"{c.teacher} has no known features to compare"),
+        (c.consistency in ("zoom_in", "both") and not c.zoom_in, "--consistency needs zoom-in"),
+        (c.consistency in ("zoom_out", "both") and not zooms_out, "--consistency needs zoom-out"),
+        (zooms_out and c.patch % c.scale, f"zoom-out needs a --patch of a multiple of {c.scale}"),
+        (c.ops and len({*c.ops}) < len(c.ops), "--ops names an operation twice"),
+        (c.batch % world, f"--batch {c.batch} cannot be shared by {world} processes"),
+        (not c.resume and Path(c.out, "config.json").exists(),
+         f"{c.out} holds a run: give --resume to go on with it, or another --out"),
+        (not c.resume and os.path.lexists(c.out), f"{c.out} exists: name another --out"),
+    ]:
+        if wrong:
+            raise ConfigError(message)
+
+
 def start(run, command):
     """Makes the run folder, or goes back to the last checkpoint of an old one. Says what is about to run."""
     c = run.c
-    if c.resume and (run.out / "last.ckpt").exists():
-        state = models.read_file(run.out / "last.ckpt")
-        for name in ("student", "ema", "optimizer"):
-            getattr(run, name).load_state_dict(state.pop(name))
-        vars(run).update(state)
+    resumed = c.resume and (run.out / "last.ckpt").exists()
+    if resumed:
+        run.restore(models.read_file(run.out / "last.ckpt"))
     if run.rank > 0:
         return
     terms = [f"{weight:g}·{name}" for name, weight in term_weights(c).items()]
-    if run.step > 0:
+    if resumed:
         os.truncate(run.out / "log.csv", run.log_bytes)
         print(f"resumed after step {run.step} of {c.steps}")
     else:
@@ -437,29 +579,43 @@ def start(run, command):
         if net:
             size = models.parameters(net) / 1e6
             print(f"{role} {models.describe(net.config)}: {size:.2f} M parameters", flush=True)
-    run.bicubic = run.score("bicubic", "bicubic")
-    teacher = f", teacher {run.score(run.teacher, 'teacher'):.2f} dB" if run.teacher else ""
+    run.bicubic = run.score(evaluate.resizer(c.scale), "bicubic")
+    teacher = ""
+    if run.teacher:
+        teacher = f", teacher {run.score(evaluate.upscaler(run.teacher), 'teacher'):.2f} dB"
     print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB{teacher}")
-    print(f"run     {c.out}: {c.steps} steps of {c.batch} on {run.device} in {c.precision}; "
-          f"L = {' + '.join(terms)}", flush=True)
+    print("recipe ", c.method, *run.changes, f"(seed {c.seed}): L = {' + '.join(terms)}")
+    print(f"run     {c.out}: {c.steps} steps of {c.batch} on {run.device} in {c.precision}", flush=True)
+
+
+def warn_of_a_long_run(run, times):
+    """Says after 20 steps on a CPU that the run will take days, and how to get a short one."""
+    days = (run.last_step - run.step) * (times[-1] - times[0]) / (len(times) - 1) / 86400
+    if run.device.type == "cpu" and days > 1:
+        tqdm.write(f"note: on this CPU the run will take {days:.0f} days. It can be stopped and resumed at "
+                   f"any time. A run of minutes: {SHORT_RUN}", file=sys.stderr)
 
 
 def finish(run):
     """The last lines: how good the student is and where, or how to go on."""
-    if run.step < run.c.steps:
+    c = run.c
+    if run.step < c.steps:
         run.save()
-        print(f"stopped after step {run.step} of {run.c.steps}; go on with: "
-              f"python train.py --resume --out {shlex.quote(run.c.out)}")
-    else:
-        teacher = dict(teacher=run.teacher) if run.teacher else {}
-        rows = dict(bicubic="bicubic", **teacher, student=run.ema)
-        evaluate.write_figure(run.out / "compare.png", rows, *run.held[0], run.options)
-        print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
-        print(f"in {run.out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
+        print(f"stopped after step {run.step} of {c.steps}; go on with: "
+              f"python train.py --resume --out {shlex.quote(c.out)}")
+        return
+    makers = dict(bicubic=evaluate.resizer(c.scale))
+    if run.teacher:
+        makers["teacher"] = evaluate.upscaler(run.teacher)
+    makers["student"] = evaluate.upscaler(run.ema)
+    with torch.compiler.set_stance("force_eager"):  # else the teacher's blocks are compiled for this picture
+        evaluate.write_figure(run.out / "compare.png", makers, *run.held[0], c.scale)
+    print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
+    print(f"in {c.out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
 
 
 def accelerate(run):
-    """Makes run.gradients as fast as the device allows. The results change by rounding only."""
+    """Makes run.forward_backward as fast as the device allows. The results change by rounding only."""
     c, cuda = run.c, run.device.type == "cuda"
     if not (cuda if c.compile is None else c.compile):
         return
@@ -468,62 +624,72 @@ def accelerate(run):
     torch._dynamo.config.recompile_limit = 32  # widths, batch sizes and masks of teacher and student
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
-    batch = sample_batch(run.patches, c, run.step, run.rank, run.world)
+    patches = draw_patches(run.patches, c, run.step, run.rank, run.world)
     try:
-        run.gradients(batch)
+        run.forward_backward(*patches)
     except Exception as e:  # no compiler, an operation that it does not know, …
         print(f"note: torch.compile fails here, the networks run without: {e!r:.120}", file=sys.stderr)
         for block in blocks:
             del block.forward
-    if cuda:
-        try:
-            run.gradients = Recorded(run.gradients, batch)
-        except RuntimeError as e:  # a foreign teacher that waits for the GPU, say
-            print(f"note: the step cannot be recorded as a CUDA graph: {e!r:.120}", file=sys.stderr)
+    if cuda and not waits_for_the_gpu(run.forward_backward, patches):
+        run.forward_backward = Recorded(run.forward_backward, patches)
+
+
+def waits_for_the_gpu(function, patches):
+    """Whether a step reads a value from the GPU, as a foreign teacher may: it cannot be recorded then.
+    It is asked before the recording, since a recording that fails leaves the random generator unusable."""
+    for _ in range(2):  # the libraries choose their algorithms, which waits
+        function(*patches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(*patches)
+    except RuntimeError as e:
+        print(f"note: the step waits for the GPU, and is not recorded: {e!r:.120}", file=sys.stderr)
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
 class Recorded:
-    """A function of a batch as one CUDA graph, which is launched at once instead of kernel by kernel.
-    A call copies its batch into the recorded one. Only `function` may set gradients to None."""
+    """`forward_backward` as one CUDA graph, which is launched at once instead of kernel by kernel.
+    A call copies its patches into the recorded ones. What the step draws is new in each replay, since the
+    generator is seeded before (`draw_patches`). Only the recorded function may set gradients to None."""
 
-    def __init__(self, function, batch):
-        for _ in range(3):  # the libraries choose their algorithms
-            function(batch)
-        self.batch, self.graph = batch, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-            self.result = function(batch)
+    def __init__(self, function, patches):
+        self.patches, self.graph = patches, torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.result = function(*patches)
+        except RuntimeError as e:
+            raise ConfigError(f"the step cannot be recorded as a CUDA graph: give --no-compile ({e})") from e
 
-    def __call__(self, batch):
-        for recorded, new in zip(self.batch, batch):
-            if new is not None:
-                getattr(recorded, "masks", recorded).copy_(getattr(new, "masks", new))  # an F, or a tensor
+    def __call__(self, *patches):
+        for recorded, new in zip(self.patches, patches):
+            recorded.copy_(new)
         self.graph.replay()
         return self.result.clone()
 
 
-def bench(run, command):
-    """--bench N: prints the median time of N steps after a warm-up, and the memory, as one line of JSON."""
-    c, marks, warm_up = run.c, [time.perf_counter()], 6
-    accelerate(run)
-    for run.step in tqdm(range(warm_up + c.bench), desc="steps", leave=False, ncols=80, disable=run.rank > 0):
-        update(run, sample_batch(run.patches, c, run.step, run.rank, run.world)).tolist()  # waits for the GPU
-        marks.append(time.perf_counter())
-    seconds = np.diff(marks)
-    result = dict(ms_per_step=round(1000 * float(np.median(seconds[warm_up:])), 3),
-                  warm_up_s=round(float(seconds[:warm_up].sum()), 2), processes=run.world,
-                  peak_memory_gib=evaluate.peak_memory(run.device), config=dataclasses.asdict(c),
+WARM_UP = 5  # looks at the terms before --bench counts
+
+
+def print_bench(run, times, command):
+    """--bench N: prints the median time of a step and the memory, as one line of JSON."""
+    seconds = np.diff(times) / run.log_every  # of a step, between two looks at the terms, as in training
+    result = dict(ms_per_step=round(1000 * float(np.median(seconds[WARM_UP:])), 3),
+                  warm_up_s=round(times[WARM_UP] - times[0], 2), processes=run.world,
+                  peak_memory_gib=evaluate.peak_memory(run.device), config=dataclasses.asdict(run.c),
                   **evaluate.provenance(command, run.device))
     print(json.dumps(result))
-    return run
 
 
 GROUPS = dict(teacher="networks and images", steps="training (paper, section 4.1)",
-              lambda_rec="losses (paper, section 3; in brackets: the released code's)", device="how it runs")
+              lambda_rec="losses (paper, section 3; in brackets: the recipe's, where all recipes agree)",
+              device="how it runs")
+NAMES = [field.name for field in dataclasses.fields(Config)]
+LOSS_SETTINGS = NAMES[NAMES.index("lambda_rec"):NAMES.index("device")]
 MAY_CHANGE = {"out", "resume", "device", "compile", "cache", "val_every"}  # with --resume
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
 
 
 def parse(argv):
@@ -542,7 +708,9 @@ def parse(argv):
 
 def resumed(given):
     """The Config of the run in --out, with those given settings that may change."""
-    out = given.get("out", "")
+    out = given.get("out")
+    if not out:
+        raise ConfigError("--resume needs --out, the folder of the run")
     try:
         c = Config(**json.loads(Path(out, "config.json").read_text())["config"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -556,7 +724,7 @@ def resumed(given):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    with evaluate.errors_in_one_line(ConfigError):
+    with evaluate.command_line(ConfigError):
         train(parse(argv), command=shlex.join(["python", "train.py", *argv]))
 
 

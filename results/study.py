@@ -3,6 +3,8 @@
     python results/study.py L M --data DIR    DIR holds train/, highres/, Set5/, Set14/ and B100/
     python results/study.py L M --report      prints the tables of the runs that are there
     python results/study.py L --report --over zoom-in    compares with another arm than KD
+    python results/study.py --runs runs/*     a line of Markdown for each run folder of yours
+    python results/study.py --plot            draws results/terms.png from study L (needs matplotlib)
 
 A run that has its record in results/study_*.json is skipped. A run that was stopped goes on.
 """
@@ -68,6 +70,8 @@ def folder(arm, n, seed):
 
 def prepare(place):
     """Puts the held-out images and the reduced ones into RUNS. Returns the other small photographs."""
+    if not (place / "train").is_dir() or not (place / "highres").is_dir():
+        raise SystemExit(f"error: {place} lacks train/ or highres/: name the folder of results/README.md as --data")
     held_names = json.loads((RESULTS / "edsr_baseline.json").read_text())["training"]["held_out"]
     images = sorted((place / "train").iterdir())
     held = [path for path in images if path.stem in held_names]
@@ -215,23 +219,65 @@ def table(study, over="KD"):
                        f"{gain(arm, reference, n)} | {to_teacher} |")
 
 
+def runs_table(folders):
+    """The lines of a table of run folders: what each was, and its held-out PSNR."""
+    yield "| run | L | seed | step | held-out PSNR: best, last |\n|---|---|---|---|---|"
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())["config"]
+        rows = list(csv.DictReader(open(folder / "log.csv", encoding="utf-8")))
+        scores = [float(row["val_psnr"]) for row in rows if row["val_psnr"]]
+        if scores:
+            terms = [name for name in rows[0] if name[0].isdigit()]
+            yield (f"| {folder.name} | {' + '.join(terms)} | {config['seed']} | {rows[-1]['step']} of "
+                   f"{config['steps']} | {max(scores):.2f}, {scores[-1]:.2f} |")
+
+
+def plot():
+    """results/terms.png: what each arm of study L gains over KD on B100, a dot a seed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    arms = [arm for arm in reversed(TERMS) if arm != KD]
+    sets = {ALL: "881 photographs of 0.1 megapixels", LARGE: "50 photographs of 2.8 megapixels"}
+    for (n, label), shift, marker in zip(sets.items(), (0.13, -0.13), "os"):
+        reference = psnrs(KD, n, "best", "B100")
+        points = [(psnr - reference[seed], i + shift) for i, arm in enumerate(arms)
+                  for seed, psnr in psnrs(arm, n, "best", "B100").items() if seed in reference]
+        axes.plot(*zip(*points), marker, label=label, markersize=5)
+    axes.axvline(0, color="gray", linewidth=1)
+    axes.set(yticks=range(len(arms)), yticklabels=[TERMS[arm] for arm in arms],
+             xlabel="PSNR on B100 over KD, dB (a dot is a seed)")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend()
+    figure.savefig(RESULTS / "terms.png", dpi=150)
+
+
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=" ".join(STUDIES))
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=" ".join(STUDIES))
     parser.add_argument("--data", type=Path, default=Path(), metavar="DIR", help="[.]")
     parser.add_argument("--seeds", type=int, default=9, metavar="N", help="only seeds below N")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time [one a core]")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--over", choices=TERMS.values(), default="KD", metavar="ARM",
                         help="the arm that the others are compared with [KD]")
+    parser.add_argument("--runs", nargs="+", type=Path, default=[], metavar="DIR", help="tabulate these runs")
+    parser.add_argument("--plot", action="store_true")
     options = parser.parse_args()
+    if {*options.studies} - {*STUDIES} or not (options.studies or options.runs or options.plot):
+        parser.error(f"name studies ({' '.join(STUDIES)}), --runs or --plot")
+    if options.runs:
+        print(*runs_table(options.runs), sep="\n")
     place = options.data.resolve()
     os.chdir(ROOT)
     for study in options.studies:
         if not options.report:
             run(study, place, options.seeds, options.jobs)
         print(f"\n{study}", *table(study, options.over), sep="\n")
+    if options.plot:
+        plot()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ TEACHER, STUDENT = "tab:blue", "tab:red"  # colours of their arrows
 LOSSES = r"""The student learns
 pair:  $f_S(I_{LR}) \approx I_{HR}$,  $f_S(I_{LR}) \approx f_T(I_{LR})$
 zoom in:  $F^{-1}(f_S(F(z))) \approx f_T(z)$
-zoom out:  $f_S(z) \approx f_T(z)$"""
+zoom out:  $f_S(z) \approx f_T(z)$,  $f_S(z) \approx I_{LR}$"""
 
 
 def show(panel, x, symbol):

@@ -65,10 +65,10 @@ def refused(main, words, place, monkeypatch, capfd):
     ("--teacher file.txt", "file.txt is no checkpoint"),
     ("--teacher damaged.pt", "damaged.pt is no checkpoint"),
     ("--teacher other.pt", "other.pt"),
-    ("--scale 4", "x2.pt is no x4 network"),
+    ("--scale 4", "x2.pt is a x2 network, not x4: leave --scale out"),
     ("--scale 5", "--scale"),
     ("--init nowhere.pt", "nowhere.pt"),
-    ("--init x2.pt", "--init x2.pt does not fit the student"),
+    ("--init x2.pt", "x2.pt does not fit the student: conv_first.weight is [4, 3, 3, 3] there, and [2, 3, 3, 3]"),
     ("--student edsr_basline", "unknown model 'edsr_basline'"),
     ("--data nowhere", "nowhere does not exist"),
     ("--data empty", "empty has no images"),
@@ -97,7 +97,8 @@ def refused(main, words, place, monkeypatch, capfd):
     ("--device abacus", "--device abacus"),
     ("--device cuda:77", "--device cuda:77"),
     ("--device meta", "--device meta"),
-    ("--out empty", "empty exists: give --resume, or another --out"),
+    ("--out empty", "empty exists: name another --out"),
+    ("--out run", "run holds a run: give --resume to go on with it, or another --out"),
     ("--out file.txt/new --data train --val val", "file.txt/new cannot be read or written: Not a directory")])
 def test_wrong_words_for_a_new_run(place, monkeypatch, capfd, words, named):
     assert named in refused(train.main, f"{NEW} {words}", place, monkeypatch, capfd)
@@ -106,7 +107,7 @@ def test_wrong_words_for_a_new_run(place, monkeypatch, capfd, words, named):
 @pytest.mark.parametrize("words, named", [
     ("--student edsr_c2b1", "--method dukd needs a --teacher"),
     ("--method scratch", "--student small needs a --teacher"),
-    ("--resume", "is no run to resume"),
+    ("--resume", "--resume needs --out"),
     ("--resume --out nowhere", "--out nowhere is no run to resume"),
     ("--resume --out empty", "--out empty is no run to resume"),
     ("--resume --out run --batch 2", "--batch 2 contradicts the run in run (1)"),

@@ -22,7 +22,7 @@ import evaluate
 import models
 from samples import noise, save
 
-PROGRAMS = ["evaluate.py"]
+PROGRAMS = ["evaluate.py", "train.py"]
 
 
 def smooth(h, w, channels=3, seed=0):

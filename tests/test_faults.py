@@ -106,13 +106,13 @@ def test_killed_before_a_file_is_written_and_resumed_equals_uninterrupted(place,
 
 def signal_in_a_step(*numbers):
     """Has the process send itself signals within its fifth step."""
-    update = train.update
+    draw = train.draw_patches
 
-    def interrupted(run, batch):
-        for number in numbers if run.step == 4 else ():
+    def interrupted(patches, c, step, *where):
+        for number in numbers if step == 4 else ():
             os.kill(os.getpid(), number)
-        return update(run, batch)
-    train.update = interrupted
+        return draw(patches, c, step, *where)
+    train.draw_patches = interrupted
 
 
 def test_a_second_signal_ends_the_program_at_once(place, whole, tmp_path):

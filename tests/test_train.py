@@ -1,7 +1,7 @@
 """train.py: the losses of a batch, one update, the settings of the paper, whole runs, and the faster step."""
 import contextlib
-import copy
 import csv
+import itertools
 import json
 import multiprocessing
 import os
@@ -53,8 +53,8 @@ def equal(xs, ys):
     return all(map(torch.equal, xs, ys))
 
 
-def batch_of(run):
-    return train.sample_batch(run.patches, run.c, run.step)
+def patches_of(run):
+    return train.draw_patches(run.patches, run.c, run.step)
 
 
 class Pairs:
@@ -77,9 +77,9 @@ def networks(teacher="edsr_c8b3", student="edsr_c6b3", scale=4, **changes):
 
 
 def draw(step=0, **settings):
-    """The batch of a step with these settings."""
+    """The Batch of a step with these settings."""
     c = networks(**settings)[2]
-    return train.sample_batch(Pairs(c), c, step)
+    return train.upcycle(*train.draw_patches(Pairs(c), c, step), c)
 
 
 def edsr_taps(net, x):
@@ -108,7 +108,7 @@ def test_terms_are_the_papers_equations(feature, student):
                     zoom_out=2 * mae(vflip(student(vflip(z_out))), teacher(z_out)),
                     zoom_out_rec=10 * mae(vflip(student(vflip(z_out))), lr),
                     feature=3 * sum(map(distance, edsr_taps(student, lr), edsr_taps(teacher, lr))))
-    terms = train.losses(student, teacher, (lr, hr, z_in, z_out, F_in, F_out), c)
+    terms = train.losses(student, teacher, train.Batch(lr, hr, z_in, z_out, F_in, F_out), c)
     assert list(terms) == list(expected)
     for name, value in expected.items():
         assert terms[name].item() == pytest.approx(value.item(), rel=1e-5), name
@@ -133,8 +133,7 @@ def test_terms_are_the_papers_equations(feature, student):
 def test_terms_of_each_combination_and_what_they_ask_of_the_teacher(settings, expected):
     """The student gets gradient from each. The teacher, not frozen here, gets none, and sees z without F."""
     student, teacher, c = networks(**settings)
-    lr, _, z_in, z_out, *_ = batch = draw(**settings)
-    calls = []
+    batch, calls = draw(**settings), []
     if teacher:
         teacher.register_forward_hook(lambda module, inputs, output: calls.append((inputs[0], output)))
     terms = train.losses(student, teacher, batch, c)
@@ -143,8 +142,8 @@ def test_terms_of_each_combination_and_what_they_ask_of_the_teacher(settings, ex
         student.zero_grad()
         term.backward(retain_graph=True)
         assert student.conv_first.weight.grad.abs().sum() > 0, name
-    asked = [lr] * ("kd" in terms or "feature" in terms) + [z_in] * ("zoom_in" in terms)
-    asked += [z_out] * ("zoom_out" in terms)
+    asked = [batch.lr] * ("kd" in terms or "feature" in terms) + [batch.z_in] * ("zoom_in" in terms)
+    asked += [batch.z_out] * ("zoom_out" in terms)
     together = lambda tensors: torch.cat([torch.empty(0), *map(torch.flatten, tensors)])
     assert torch.equal(together(x for x, _ in calls), together(asked))
     assert not any(label.requires_grad for _, label in calls)
@@ -158,7 +157,7 @@ def test_networks_run_in_bfloat16_and_losses_in_float32(place, tmp_path):
         train.accelerate(run)
         for net in (run.student, run.teacher):
             net.body[1].register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
-        terms = train.losses(run.student, run.teacher, batch_of(run), run.c)
+        terms = train.losses(run.student, run.teacher, train.upcycle(*patches_of(run), run.c), run.c)
         totals.append(sum(terms.values()).item())
         assert {x.dtype for x in (*terms.values(), *run.weights)} == {torch.float32}
     assert kinds == [torch.float32] * 4 + [torch.bfloat16] * 4
@@ -167,43 +166,51 @@ def test_networks_run_in_bfloat16_and_losses_in_float32(place, tmp_path):
 
 def test_a_batch_is_a_function_of_seed_and_step_and_every_method_sees_the_same_patches():
     batch, again = draw(step=5, seed=3), draw(step=5, seed=3)
-    assert equal(batch[:4], again[:4]) and torch.equal(batch[4].masks, again[4].masks)
+    for name in ("lr", "hr", "z_in", "z_out"):
+        assert torch.equal(getattr(batch, name), getattr(again, name)), name
+    assert torch.equal(batch.F_in.masks, again.F_in.masks)
     for method in train.METHODS:
-        assert equal(batch[:2], draw(step=5, seed=3, method=method)[:2])
-    assert not equal(batch[:1], draw(step=6, seed=3)[:1]) and not equal(batch[:1], draw(step=5, seed=4)[:1])
+        other = draw(step=5, seed=3, method=method)
+        assert torch.equal(batch.lr, other.lr) and torch.equal(batch.hr, other.hr)
+    assert not torch.equal(batch.lr, draw(step=6, seed=3).lr) and not torch.equal(batch.lr, draw(step=5, seed=4).lr)
 
 
 def test_the_patches_of_a_pair_are_turned_together_in_all_eight_ways():
     _, _, c = networks(method="scratch", batch=64)
-    lr, hr, *_ = train.sample_batch(Pairs(c, torch.rand(1, 3, 12, 12)), c, 0)
+    lr, hr = train.draw_patches(Pairs(c, torch.rand(1, 3, 12, 12)), c, 0)
     assert torch.equal(hr, lr.repeat_interleave(4, 2).repeat_interleave(4, 3))
     assert len(lr.flatten(1).unique(dim=0)) == 8
 
 
 def test_the_crops_of_a_patch_come_from_different_places_in_it():
-    _, hr, z_in, *_ = draw(crops=2)
-    crops = hr.unfold(2, 12, 1).unfold(3, 12, 1)  # (2,3,37,37,12,12)
-    found = [(crops[i // 2] == z[:, None, None]).flatten(3).all(3).all(0) for i, z in enumerate(z_in)]
+    batch = draw(crops=2)
+    crops = batch.hr.unfold(2, 12, 1).unfold(3, 12, 1)  # (2,3,37,37,12,12)
+    found = [(crops[i // 2] == z[:, None, None]).flatten(3).all(3).all(0) for i, z in enumerate(batch.z_in)]
     places = [where.nonzero().tolist() for where in found]
     assert all(places) and places[0] != places[1] and places[2] != places[3]
 
 
-def test_the_parts_of_several_processes_are_the_whole_batch():
-    _, _, c = networks(crops=2, consistency="both", p=0.5, batch=4)
-    parts = [train.sample_batch(Pairs(c), c, 0, rank, world=2) for rank in range(2)]
-    for whole, *of_ranks in zip(train.sample_batch(Pairs(c), c, 0), *parts):
-        if isinstance(whole, F):
-            assert torch.equal(torch.cat([part.masks for part in of_ranks], dim=1), whole.masks)
-        else:
-            assert torch.equal(torch.cat(of_ranks), whole)
+def test_several_processes_share_the_patches_and_draw_the_rest_for_themselves():
+    _, _, c = networks(batch=4, p=0.5)
+    whole = train.draw_patches(Pairs(c), c, 0)
+    parts, crops, masks = [], [], []
+    for rank in range(2):
+        parts.append(train.draw_patches(Pairs(c), c, 0, rank, world=2))
+        batch = train.upcycle(whole[0][:2], whole[1][:2], c)  # of the same pairs
+        crops.append(batch.z_in)
+        masks.append(torch.rand(8))
+    assert torch.equal(torch.cat([lr for lr, _ in parts]), whole[0])
+    assert torch.equal(torch.cat([hr for _, hr in parts]), whole[1])
+    assert not torch.equal(*crops) and not torch.equal(*masks)  # masks: as drop-path draws them
 
 
 @pytest.mark.parametrize("consistency, counts", [
     ("zoom_in", (2, 0)), ("zoom_out", (0, 2)), ("both", (2, 2)), ("none", (0, 0))])
 def test_f_has_the_operations_of_consistency_and_ops(consistency, counts):
     settings = dict(ops=["invert", "hflip"], p=1.0) if any(counts) else {}
-    for f, count in zip(draw(consistency=consistency, **settings)[4:], counts):
-        assert f.ops == ("invert", "hflip")[:count] and f.masks.all()
+    batch = draw(consistency=consistency, **settings)
+    for f, count in zip((batch.F_in, batch.F_out), counts):
+        assert f is None if count == 0 else f.ops == ("invert", "hflip") and f.masks.all()
 
 
 @pytest.mark.parametrize("teacher, scale, rec, zoom_out, crops, p", [
@@ -218,11 +225,20 @@ def test_settings_of_the_released_code(teacher, scale, rec, zoom_out, crops, p):
     assert tuple(c.ops) == F.OPERATIONS and c.feature == "none" and train.complete(c, teacher) == c
 
 
+@pytest.mark.parametrize("teacher", ["edsr_c4b2", "rcan_c4b1g1", "swinir_c12s6"])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_dukd_is_the_papers_equation_for_every_network(teacher, scale):
+    c = train.complete(train.Config(), models.build(teacher, scale))
+    assert (c.lambda_rec, c.lambda_kd, c.lambda_dukd, c.crops, c.p) == (1, 1, 1, 1, 0.3)
+    assert c.zoom_in and c.zoom_out and c.zoom_out_rec and (c.consistency, c.feature) == ("zoom_in", "none")
+
+
 @pytest.mark.parametrize("name, value, settings", [
     ("zoom_in", True, dict(method="kd")), ("zoom_out", True, dict(method="kd")),
     ("consistency", "zoom_in", dict(method="kd")), ("ops", ["hflip"], dict(method="kd")),
     ("p", 0.5, dict(method="kd")), ("p", 0.5, dict(consistency="none")), ("crops", 2, dict(zoom_in=False)),
-    ("lambda_feature", 1.0, {}), ("zoom_out_rec", True, dict(lambda_rec=0))])
+    ("lambda_feature", 1.0, {}), ("zoom_out_rec", True, dict(lambda_rec=0)),
+    ("lambda_dukd", 2.0, dict(zoom_in=False, zoom_out=False))])
 def test_a_flag_without_effect_is_refused(name, value, settings):
     with pytest.raises(train.ConfigError, match=f"{train.flag(name)} would have no effect"):
         networks(**settings, **{name: value})
@@ -235,30 +251,32 @@ def test_learning_rate_milestones_scale_with_the_steps():
     assert at(0, 5, 10, steps=10, schedule="cosine") == pytest.approx([1e-4, 5e-5, 0], abs=1e-12)
 
 
-def test_an_update_is_adam_on_its_own_gradient_and_averages_the_weights(place, tmp_path):
-    """Ten updates with torch's Adam. The decay of the average is (1 + step) / (10 + step) until it is 0.4."""
-    run = train.Run(config(place, tmp_path / "run", steps=10, lr=1e-2, ema=0.4))
-    student = copy.deepcopy(run.student)
-    parameters, average = list(student.parameters()), [p.detach().clone() for p in student.parameters()]
-    adam = torch.optim.Adam(parameters, betas=(0.9, 0.99))
-    for run.step, rate in enumerate([1e-2] * 4 + [1e-3] * 4 + [1e-4] * 2):
-        terms = train.update(run, batch_of(run))
-        loss = sum(train.losses(student, run.teacher, batch_of(run), run.c).values())
+def test_the_loop_is_adam_on_each_gradient_and_averages_the_weights(place, tmp_path, monkeypatch):
+    """Ten steps with torch's Adam. The decay of the average is (1 + step) / (10 + step) until it is 0.4."""
+    c = config(place, tmp_path / "run", steps=10, lr=1e-2, ema=0.4)
+    other = train.Run(c)
+    run = train.train(c)
+    adam = torch.optim.Adam(other.weights, betas=(0.9, 0.99))
+    average = [w.detach().clone() for w in other.weights]
+    for step, rate in enumerate([1e-2] * 4 + [1e-3] * 4 + [1e-4] * 2):
+        other.step = step
+        batch = train.upcycle(*patches_of(other), other.c)
+        loss = sum(train.losses(other.student, other.teacher, batch, other.c).values())
         adam.param_groups[0]["lr"] = rate
         adam.zero_grad()
         loss.backward()
         adam.step()
-        decay = min(0.4, (1 + run.step) / (10 + run.step))
-        average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, parameters)]
-        assert terms[-1].item() == pytest.approx(loss.item(), rel=1e-5)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(run.student.parameters(), parameters))
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(run.ema.parameters(), average))
-    assert not any(p.requires_grad for p in run.ema.parameters())  # the average keeps no graph of the steps
+        decay = min(0.4, (1 + step) / (10 + step))
+        average = [decay * a + (1 - decay) * w.detach() for a, w in zip(average, other.weights)]
+        assert float(rows(run.out)[step]["total"]) == pytest.approx(loss.item(), rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(run.weights, other.weights))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(run.averaged, average))
+    assert not any(p.requires_grad for p in run.averaged)  # the average keeps no graph of the steps
 
 
 def test_a_run_learns_logs_its_terms_and_keeps_what_it_was(place, tmp_path, monkeypatch):
-    update, made = train.update, []
-    monkeypatch.setattr(train, "update", lambda run, batch: made.append(update(run, batch)) or made[-1])
+    made, compute = [], train.forward_backward
+    monkeypatch.setattr(train, "forward_backward", lambda *given: made.append(compute(*given)) or made[-1])
     c = config(place, tmp_path / "run", student="edsr_c8b3", steps=40, lr=2e-2, val_every=10, lambda_rec=5.0)
     run = train.train(c, "python train.py …")
     log, terms = rows(run.out), ["5·rec", "1·kd", "1·zoom_in", "1·zoom_out", "5·zoom_out_rec"]
@@ -277,10 +295,10 @@ def test_a_run_learns_logs_its_terms_and_keeps_what_it_was(place, tmp_path, monk
 def test_the_best_weights_are_kept(place, tmp_path, monkeypatch):
     scores, averages = iter((30.0, 20.0, 25.0)), []
 
-    def score(run, net, name):
-        if name != "student":
+    def score(run, make, label):
+        if label != "student":
             return 40.0
-        averages.append({k: v.clone() for k, v in net.state_dict().items()})
+        averages.append({k: v.clone() for k, v in run.ema.state_dict().items()})
         return next(scores)
     monkeypatch.setattr(train.Run, "score", score)
     run = train.train(config(place, tmp_path / "run", steps=6, val_every=2))
@@ -294,9 +312,13 @@ def test_stopped_and_resumed_equals_uninterrupted(place, tmp_path, monkeypatch, 
     """Byte for byte, SwinIR with its random drop-path too. With this rate the best step is not the last."""
     settings = dict(family=family, steps=7, val_every=3, lr=0.1, ema=0)
     train.train(config(place, tmp_path / "whole", **settings))
-    update = train.update
-    monkeypatch.setattr(train, "update", lambda run, batch: (
-        signal.raise_signal(signal.SIGTERM) if run.step == 3 else None) or update(run, batch))
+    draw = train.draw_patches
+
+    def interrupted(patches, c, step, *where):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return draw(patches, c, step, *where)
+    monkeypatch.setattr(train, "draw_patches", interrupted)
     with pytest.raises(SystemExit) as stop:
         train.train(config(place, tmp_path / "parts", **settings))
     monkeypatch.undo()
@@ -323,6 +345,33 @@ def test_init_takes_what_fits_of_another_scale(place, tmp_path):
     assert all(torch.equal(own[k], value) for k, value in source.items()) and equal(run.weights, run.averaged)
 
 
+def test_init_starts_with_the_function_of_the_file(place, tmp_path):
+    """Weights mean another function under another residual scale, mean or range."""
+    torch.manual_seed(2)
+    given = models.EDSR(4, channels=8, blocks=3, res_scale=0.2, mean=(0.1, 0.2, 0.3), img_range=1.0).eval()
+    models.save(tmp_path / "given.pt", given)
+    run = train.Run(config(place, tmp_path / "run", student="edsr_c8b3", init=str(tmp_path / "given.pt")))
+    x = torch.rand(1, 3, 8, 8)
+    assert torch.allclose(run.student(x), given(x), atol=1e-6)
+
+
+def test_pictures_that_are_held_out_and_trained_on_are_said(place, capsys):
+    (place / "link.png").symlink_to(place / "train" / "im1.png")
+    c = train.Config(data=[f"{place}/train"], val=[f"{place}/link.png", f"{place}/val"], scale=4, patch=8)
+    train.prepare_images(c)
+    assert "note: 1 held-out pictures are trained on, too (link.png, …)" in capsys.readouterr().err
+
+
+def test_a_run_of_days_says_so_and_names_a_short_one(place, tmp_path, monkeypatch, capsys):
+    seconds = itertools.count(0, 100_000)  # a day and more between two looks at the clock
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(seconds))
+    train.train(config(place, tmp_path / "slow", steps=22))
+    assert "the run will take 2 days. It can be stopped" in capsys.readouterr().err
+    monkeypatch.undo()
+    train.train(config(place, tmp_path / "fast", steps=22))
+    assert "days" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("count, held", [(2, 1), (19, 1), (20, 2), (120, 10)])
 def test_a_tenth_of_the_images_is_held_out(tmp_path, count, held):
     (tmp_path / "lr").mkdir()
@@ -341,8 +390,10 @@ def test_bench_writes_nothing_and_a_run_takes_the_next_free_name(place, tmp_path
     train.train(config(place, "", bench=3))
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and json.loads(line)["ms_per_step"] > 0 and not any(tmp_path.iterdir())
-    folders = [train.train(config(place, "", steps=1)).out for _ in range(2)]
-    assert folders[0] != folders[1] and {folder.parent for folder in folders} == {Path("runs")}
+    first, second = (train.train(config(place, "", steps=1, lambda_rec=2.0, zoom_out=False)) for _ in range(2))
+    assert first.out == Path("runs/dukd_lambda-rec-2.0_no-zoom-out_edsr_c4b3_x4_s0")
+    assert second.out == Path(f"{first.out}_2")
+    assert "dukd --lambda-rec 2.0 --no-zoom-out (seed 0): L = 2·rec" in capsys.readouterr().out
 
 
 def child(function, argument, log, before, environment):
@@ -366,9 +417,11 @@ def launch(function, argument, log, before=bool, **environment):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
 def test_two_processes_equal_one(place, tmp_path):
-    one = train.train(config(place, tmp_path / "one", batch=4))
+    """Without zoom-in, for which each process draws crops and F of its own."""
+    settings = dict(batch=4, zoom_in=False)
+    one = train.train(config(place, tmp_path / "one", **settings))
     group = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(29_000 + os.getpid() % 1000))
-    c = config(place, tmp_path / "two", batch=4)
+    c = config(place, tmp_path / "two", **settings)
     for process in [launch(train.train, c, tmp_path / f"log{rank}_", RANK=rank, **group) for rank in "01"]:
         process.join(60)
         assert process.exitcode == 0
@@ -378,36 +431,75 @@ def test_two_processes_equal_one(place, tmp_path):
         assert float(a["total"]) == pytest.approx(float(b["total"]), rel=1e-5)
 
 
-def steps(run, count):
-    """The terms of the first updates, (count,k)."""
+def results(run, count):
+    """What forward_backward returns for the patches of the first steps, (count,k)."""
     terms = []
     for run.step in range(count):
-        terms.append(train.update(run, batch_of(run)))
+        terms.append(run.forward_backward(*patches_of(run)))
     return torch.stack(terms)
 
 
-@pytest.mark.parametrize("refused", [False, True])
-def test_a_recorded_step_is_fed_with_each_batch(place, tmp_path, monkeypatch, capsys, refused):
-    """With a stand-in for CUDA graphs. It replays by calling the function again, on the recorded batch."""
+def pretend_cuda(monkeypatch, sync=None, capture=None):
+    """A stand-in for CUDA graphs. sync, capture: what is raised by a step under sync-debug, or by recording.
+    A replay calls the function again on the recorded patches. Returns what was called, in order."""
+    calls, mode = [], ["default"]
+
     class Graph:
         def replay(self):
-            recorded.gradients.result.copy_(function(recorded.gradients.batch))
+            calls.append("replay")
 
     @contextlib.contextmanager
     def record(graph, stream):
-        if refused:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        assert mode == ["default"]
+        calls.append("record")
+        if capture:
+            raise capture
         yield
-    for name, stand_in in (("current_stream", lambda: None), ("CUDAGraph", Graph), ("graph", record)):
+
+    def step(function):
+        def checked(run, lr, hr):
+            calls.append(f"step in mode {mode[0]}")
+            if sync and mode[0] == "error":
+                raise sync
+            return function(run, lr, hr)
+        return checked
+    for name, stand_in in (("current_stream", lambda: None), ("CUDAGraph", Graph), ("graph", record),
+                           ("set_sync_debug_mode", lambda new: mode.__setitem__(0, new))):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch, "compile", lambda forward, **settings: forward)
+    monkeypatch.setattr(train, "forward_backward", step(train.forward_backward))
+    return calls
+
+
+def test_a_recorded_step_is_fed_with_each_batch(place, tmp_path, monkeypatch):
+    calls = pretend_cuda(monkeypatch)
     c = config(place, tmp_path / "run", consistency="both", p=0.5, crops=2)
     plain, recorded = train.Run(c), train.Run(c)
-    function, recorded.device = recorded.gradients, torch.device("cuda")
+    function, recorded.device = recorded.forward_backward, torch.device("cuda")
     train.accelerate(recorded)
-    assert torch.equal(steps(plain, 7), steps(recorded, 7))
-    assert equal(plain.averaged, recorded.averaged)
-    assert capsys.readouterr().err.count("note: the step cannot be recorded") == refused
+    graph = recorded.forward_backward
+    graph.graph.replay = lambda: graph.result.copy_(function(*graph.patches))
+    assert calls[-3:] == ["step in mode error", "record", "step in mode default"]
+    assert torch.equal(results(plain, 7), results(recorded, 7))
+    assert equal([w.grad for w in plain.weights], [w.grad for w in recorded.weights])
+
+
+def test_a_step_that_waits_for_the_gpu_is_not_recorded(place, tmp_path, monkeypatch, capsys):
+    """It is found out before the recording: after one that fails, the generator of CUDA cannot draw."""
+    calls = pretend_cuda(monkeypatch, sync=RuntimeError("called a synchronizing CUDA operation"))
+    run = train.Run(config(place, tmp_path / "run"))
+    run.device = torch.device("cuda")
+    train.accelerate(run)
+    assert "record" not in calls and "the step waits for the GPU" in capsys.readouterr().err
+    assert results(run, 2).isfinite().all() and calls[-1] == "step in mode default"
+
+
+def test_a_recording_that_fails_names_the_way_out(place, tmp_path, monkeypatch):
+    pretend_cuda(monkeypatch, capture=RuntimeError("operation not permitted when stream is capturing"))
+    run = train.Run(config(place, tmp_path / "run"))
+    run.device = torch.device("cuda")
+    with pytest.raises(train.ConfigError, match="give --no-compile"):
+        train.accelerate(run)
 
 
 @pytest.mark.parametrize("family", STUDENTS)
@@ -419,12 +511,22 @@ def test_a_step_reads_no_value_from_the_device(place, tmp_path, family):
             return function(*args, **(kwargs or {}))
     c = config(place, tmp_path / "run", family, crops=2, zoom_out=True, consistency="both", feature="at")
     run = train.Run(c)
-    train.accelerate(run)
-    batch, called = batch_of(run), []
+    patches, called = patches_of(run), []
     with Log():
-        run.gradients(batch)
+        run.forward_backward(*patches)
     forbidden = "_local_scalar|lift_fresh|nonzero|unique|masked_select"
     assert len(called) > 100 and not [name for name in called if re.search(forbidden, name)]
+
+
+@pytest.mark.parametrize("given, names", [
+    ("", ["cuda:1"]), ("cuda", ["cuda:1"]), ("cuda:0", ["cuda:0"]), ("cpu", ["cpu"])])
+def test_cuda_is_the_gpu_of_the_process_under_torchrun(monkeypatch, given, names):
+    asked = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train.evaluate, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
+    train.set_up_device(given)
+    assert asked == names
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -442,9 +544,54 @@ def test_compiled_blocks_give_the_same_run(place, tmp_path, monkeypatch, capsys,
     assert equal(plain.averaged, other.averaged)
 
 
+def test_pictures_compile_nothing(place, tmp_path, monkeypatch):
+    """Neither validation nor compare.png: their sizes are not those of training."""
+    compiled, original = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(finished)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda forward, **settings: original(forward, backend=backend, **settings))
+    finish, finished = train.finish, False
+
+    def finishing(run):
+        nonlocal finished
+        finished = True
+        finish(run)
+    monkeypatch.setattr(train, "finish", finishing)
+    train.train(config(place, tmp_path / "run", compile=True, steps=4, val_every=2))
+    assert compiled and not any(compiled)
+
+
+def test_validation_searches_no_algorithms(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    run, seen = train.Run(config(place, tmp_path / "run")), []
+
+    def make(name, lr):
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark))
+        return lr.repeat(4, axis=0).repeat(4, axis=1)
+    run.score(make, "student")
+    assert seen == [(True, False)] and torch.backends.cudnn.benchmark
+
+
+def test_bench_reads_the_terms_as_training_does(place, tmp_path, monkeypatch, capsys):
+    """On a GPU after every ten steps: reading makes it wait."""
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(1) or tolist(x))
+    run = train.Run(config(place, tmp_path / "run", bench=30))
+    run.log_every, run.last_step = 10, 10 * (train.WARM_UP + 3)
+    monkeypatch.setattr(train, "Run", lambda c: run)
+    train.train(run.c)
+    assert len(reads) == run.last_step // 10 and run.step == run.last_step
+    line = json.loads(capsys.readouterr().out)
+    assert line["ms_per_step"] * run.last_step / 1000 < 60
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("family", STUDENTS)
 def test_on_a_gpu_the_recorded_step_gives_the_plain_one(place, tmp_path, family):
-    plain, recorded = (train.Run(config(place, tmp_path / "run", family, device="cuda")) for _ in range(2))
+    c = config(place, tmp_path / "run", family, device="cuda", consistency="both", crops=2)
+    plain, recorded = train.Run(c), train.Run(c)
     train.accelerate(recorded)
-    assert torch.allclose(steps(plain, 8), steps(recorded, 8), rtol=1e-3) and recorded.gradients.graph
+    assert recorded.forward_backward.graph
+    assert torch.allclose(results(plain, 8), results(recorded, 8), rtol=1e-3)
