@@ -45,7 +45,7 @@ def upsampler(channels, scale):
 
 
 class SRNetwork(nn.Module):
-    """The parts that all share. EDSR and RCAN differ in their `body` only. SwinIR has its own `forward`."""
+    """What the networks share. EDSR and RCAN differ only in `body`. SwinIR has a `forward` of its own."""
     receptive_radius = None
 
     def __init__(self, **config):
@@ -62,10 +62,10 @@ class SRNetwork(nn.Module):
         return self.picture(self.conv_last, self.upsample(x))
 
     def picture(self, last, features):
-        """The RGB picture that the layer `last` makes of features (N,c,h,w).
-        Without autocast: bfloat16's steps, of 8 significant bits, are about as coarse as those of uint8."""
+        """RGB in [0,1] from features (N,c,h,w): the layer `last`, the range and the mean.
+        Autocast is off here. Its bfloat16 has 8 significant bits, about as coarse as a picture in uint8."""
         device = features.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        autocast = device != "meta" and torch.is_autocast_enabled(device)  # "meta" knows no autocast
         with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
             y = last(features.to(next(last.parameters()).dtype))
             return y.to(self.mean.dtype) / self.img_range + self.mean
@@ -82,7 +82,7 @@ class ResidualBlock(nn.Module):
 
 
 class EDSR(SRNetwork):
-    """EDSR without batch normalisation. res_scale: by default 0.1 from 32 blocks on, else 1, as published."""
+    """EDSR. Each block's residual is scaled by res_scale: from 32 blocks on 0.1, else 1, as published."""
 
     def __init__(self, scale, channels=64, blocks=16, res_scale=None, mean=DIV2K_MEAN, img_range=255.0):
         if res_scale is None:
@@ -95,23 +95,35 @@ class EDSR(SRNetwork):
         self.upsample = upsampler(channels, scale)
         self.conv_last = conv3x3(channels, 3)
         self.taps = ["conv_first", f"body.{blocks // 3}", f"body.{2 * blocks // 3}", "conv_after_body"]
-        self.receptive_radius = 2 * blocks + 4  # one pixel for each convolution at LR size, less than 2 after
+        self.receptive_radius = 2 * blocks + 4  # 1 for each convolution at LR size, less than 2 for the rest
+
+
+class ChannelAttention(nn.Module):
+    """Scales each channel by a factor in (0,1) that two layers compute from the means of all channels."""
+
+    def __init__(self, channels, reduction):
+        super().__init__()
+        squeezed = channels // reduction
+        squeeze, excite = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
+        self.attention = nn.ModuleDict({"1": squeeze, "3": excite})  # the names in published files
+
+    def forward(self, x):
+        # The 1×1 convolutions see one pixel, the mean. There their set-up takes longer than their sums.
+        # Linear layers (matrix products) with the same weights give the same and are faster.
+        squeeze, excite = self.attention["1"], self.attention["3"]
+        y = x.mean((2, 3))  # (N,c)
+        y = F.relu(F.linear(y, squeeze.weight.flatten(1), squeeze.bias))
+        y = F.linear(y, excite.weight.flatten(1), excite.bias).sigmoid()
+        return x * y[:, :, None, None]
 
 
 class RCAB(nn.Module):  # residual channel attention block
     def __init__(self, c, reduction):
         super().__init__()
-        self.rcab = nn.Sequential(conv3x3(c, c), nn.ReLU(), conv3x3(c, c), nn.Module())
-        self.rcab[3].attention = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, c // reduction, 1),
-                                               nn.ReLU(), nn.Conv2d(c // reduction, c, 1), nn.Sigmoid())
+        self.rcab = nn.Sequential(conv3x3(c, c), nn.ReLU(), conv3x3(c, c), ChannelAttention(c, reduction))
 
     def forward(self, x):
-        first, relu, second, weigh = self.rcab
-        y = second(relu(first(x)))
-        _, squeeze, _, excite, _ = weigh.attention  # matrix products are faster than its convolutions
-        weights = relu(F.linear(y.mean((2, 3)), squeeze.weight.flatten(1), squeeze.bias))
-        weights = F.linear(weights, excite.weight.flatten(1), excite.bias).sigmoid()
-        return x + y * weights[:, :, None, None]
+        return x + self.rcab(x)
 
 
 class ResidualGroup(nn.Module):
@@ -125,7 +137,7 @@ class ResidualGroup(nn.Module):
 
 
 class RCAN(SRNetwork):
-    """Residual groups of channel-attention blocks. The attention pools over the whole input."""
+    """Groups of channel attention blocks. The attention takes means over the whole input."""
 
     def __init__(self, scale, channels=64, blocks=20, groups=10, reduction=16, mean=DIV2K_MEAN,
                  img_range=255.0):
@@ -152,11 +164,17 @@ def mirror(x, multiple, minimum=1):
 
 
 def shift_mask(H, W, w, shift, device=None):
-    """(nW,w²,w²): −100 between pixels that the cyclic shift brought together from opposite edges, else 0."""
-    # 0 before the last window, 1 inside it, 2 where the shift put the opposite edge
-    y, x = (sum(torch.arange(n, device=device) >= n - edge for edge in (w, shift)) for n in (H, W))
-    region = (3 * y[:, None] + x).view(H // w, w, W // w, w).transpose(1, 2).reshape(-1, w * w)
-    return (region[:, :, None] != region[:, None, :]).float() * -100.0
+    """(nW,w²,w²): −100 between pixels that the cyclic shift brought together from opposite edges, else 0.
+    H×W pixels, cut in nW = H/w·W/w windows of w×w in raster order."""
+    y, x = torch.arange(H, device=device), torch.arange(W, device=device)
+    # along each axis: 0 before the last window, 1 in it, 2 in its last `shift` pixels, from the opposite edge
+    y = (y >= H - w).long() + (y >= H - shift)
+    x = (x >= W - w).long() + (x >= W - shift)
+    region = 3 * y[:, None] + x  # (H,W)
+    region = region.view(H // w, w, W // w, w)
+    region = region.transpose(1, 2).reshape(-1, w * w)  # (nW,w²)
+    apart = region[:, :, None] != region[:, None, :]
+    return apart.float() * -100.0
 
 
 class WindowAttention(nn.Module):
@@ -166,45 +184,54 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads, self.window = heads, window
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
-        position = torch.cartesian_prod(torch.arange(window), torch.arange(window))  # (w²,2)
-        y, x = (position[:, None] - position[None, :] + window - 1).unbind(-1)
-        self.register_buffer("relative_position_index", y * (2 * window - 1) + x, persistent=False)  # (w²,w²)
+        pixels = torch.cartesian_prod(torch.arange(window), torch.arange(window))  # (w²,2): row, column
+        distance = pixels[:, None] - pixels[None, :] + window - 1  # (w²,w²,2), numbers 0 to 2w−2
+        index = distance[..., 0] * (2 * window - 1) + distance[..., 1]
+        self.register_buffer("relative_position_index", index, persistent=False)  # (w²,w²)
         self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x, mask=None):
-        """x (N,H,W,C); mask (nW,w²,w²), one for each of the nW windows of an image.
+        """x (N,H,W,C); mask (nW,w²,w²), one for each of the nW windows of an image. Returns (N,H,W,C).
         F.scaled_dot_product_attention would copy the bias, as large as the scores, for each image."""
+        # N images of H×W pixels in nW = rows·columns windows of w×w; C channels in h heads of d
         N, H, W, C = x.shape
         h, w = self.heads, self.window
-        qkv = self.qkv(x).view(N, H // w, w, W // w, w, 3, h, C // h).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = qkv.reshape(3, -1, h, w * w, C // h)  # (N·nW,h,w²,d) each, windows in raster order
+        rows, columns, d = H // w, W // w, C // h
+        qkv = self.qkv(x)  # (N,H,W,3C)
+        qkv = qkv.view(N, rows, w, columns, w, 3, h, d)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)  # (3,N,rows,columns,h,w,w,d)
+        q, k, v = qkv.reshape(3, -1, h, w * w, d)  # (N·nW,h,w²,d) each
         bias = self.relative_position_bias_table.index_select(0, self.relative_position_index.flatten())
-        bias = bias.view(w * w, w * w, h).permute(2, 0, 1)[None]
-        bias = bias if mask is None else bias + mask[:, None]  # (1 or nW,h,w²,w²)
-        scores = (q * (C // h) ** -0.5) @ k.transpose(-2, -1)
-        scores = (scores.unflatten(0, (-1, bias.shape[0])) + bias.to(scores.dtype)).flatten(0, 1)
-        y = scores.softmax(-1).to(v.dtype) @ v
-        y = y.view(N, H // w, W // w, h, w, w, C // h).permute(0, 1, 4, 2, 5, 3, 6)
+        bias = bias.view(1, w * w, w * w, h).permute(0, 3, 1, 2)  # (1,h,w²,w²)
+        if mask is not None:
+            bias = bias + mask[:, None]  # (nW,h,w²,w²)
+        scores = (q * d ** -0.5) @ k.transpose(-2, -1)  # (N·nW,h,w²,w²)
+        scores = scores.unflatten(0, (-1, bias.shape[0])) + bias.to(scores.dtype)
+        y = scores.flatten(0, 1).softmax(-1).to(v.dtype) @ v  # (N·nW,h,w²,d)
+        y = y.view(N, rows, columns, h, w, w, d)
+        y = y.permute(0, 1, 4, 2, 5, 3, 6)  # (N,rows,w,columns,w,h,d)
         return self.proj(y.reshape(N, H, W, C))
 
 
 class SwinLayer(nn.Module):
-    """LayerNorm, (shifted) window attention, LayerNorm, MLP, both residual."""
+    """LayerNorm and window attention, shifted or not; then LayerNorm and an MLP. Both are residual."""
 
     def __init__(self, channels, heads, window, shift, mlp_ratio):
         super().__init__()
-        hidden = int(channels * mlp_ratio + 1e-6)  # 22·(15/22) is 14.999…
+        hidden = int(channels * mlp_ratio + 1e-6)  # in floats, 22·(15/22) is 14.999…
         self.shift = shift
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, heads, window)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(channels, hidden), "fc2": nn.Linear(hidden, channels)})
 
     def forward(self, x, mask, keep=None):
-        """x (N,H,W,C); keep: drop-path's factors of the two branches, (2,N,1,1,1), or None."""
+        """x (N,H,W,C); keep (2,N,1,1,1): the factors by which drop-path scales the two branches, or None."""
         y, s = self.norm1(x), self.shift
         if s:
-            y = self.attn(y.roll((-s, -s), dims=(1, 2)), mask).roll((s, s), dims=(1, 2))
+            y = y.roll((-s, -s), dims=(1, 2))
+            y = self.attn(y, mask)
+            y = y.roll((s, s), dims=(1, 2))
         else:
             y = self.attn(y)
         x = x + (y if keep is None else y * keep[0])
@@ -213,7 +240,7 @@ class SwinLayer(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Swin layers, every other one shifted, and a convolution, residual. (RSTB in the paper.)"""
+    """The paper's RSTB: Swin layers, every other one shifted, and a convolution. It is residual."""
 
     def __init__(self, channels, heads, window, mlp_ratio, layers):
         super().__init__()
@@ -224,8 +251,8 @@ class SwinStage(nn.Module):
 
     def forward(self, x, mask, keep):
         y = x
-        for layer, k in zip(self.residual_group["blocks"], keep):
-            y = layer(y, mask, k)
+        for layer, factors in zip(self.residual_group["blocks"], keep):
+            y = layer(y, mask, factors)
         return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -262,15 +289,15 @@ class SwinIR(SRNetwork):
 
     def forward(self, x):
         h, w = x.shape[-2:]
-        x = self.conv_first(mirror((x - self.mean) * self.img_range, self.window))
+        x = self.conv_first(mirror((x - self.mean) * self.img_range, self.window))  # (N,C,H,W)
         mask = shift_mask(*x.shape[-2:], self.window, self.window // 2, x.device)
         stages, layers = self.drop_rates.shape[:2]
-        paths = [[None] * layers] * stages
-        if self.training and self.config["drop_path"]:  # stochastic depth: 0, or what keeps the mean
+        factors = [[None] * layers] * stages
+        if self.training and self.config["drop_path"]:  # 0 drops a branch, 1/(1 − rate) keeps the mean
             kept = torch.rand(stages, layers, 2, x.shape[0], 1, 1, 1, device=x.device) >= self.drop_rates
-            paths = kept / (1 - self.drop_rates)
-        y = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (N,H,W,c) between the convolutions
-        for stage, keep in zip(self.layers, paths):
+            factors = kept / (1 - self.drop_rates)
+        y = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (N,H,W,C) between the convolutions
+        for stage, keep in zip(self.layers, factors):
             y = stage(y, mask, keep)
         y = self.conv_after_body(self.norm(y).permute(0, 3, 1, 2)) + x
         if not self.direct:
@@ -279,7 +306,7 @@ class SwinIR(SRNetwork):
         return y[..., :h * self.scale, :w * self.scale]
 
     def authors_buffers(self):
-        """The constants beside the weights in the authors' files. Their masks are for a 48×48 input."""
+        """The constants that the authors' files hold beside the weights. Their masks fit a 48×48 input."""
         side = 48 // self.window * self.window
         mask = shift_mask(side, side, self.window, self.window // 2)
         buffers = {k: v for k, v in self.named_buffers() if k.endswith("relative_position_index")}
