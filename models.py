@@ -326,14 +326,24 @@ NAMES_HELP = ("edsr, edsr_baseline, rcan, swinir, or any size: edsr_c64b32 (chan
 
 def parse(name, scale):
     """The config of a model name (NAMES_HELP). CheckpointError for an unknown one."""
-    spelled, n = PRESETS.get(name, name), r"([1-9]\d*)"
-    if m := re.fullmatch(rf"edsr_c{n}b{n}(?:r(\d*\.?\d+))?", spelled):
-        res_scale = float(m[3]) if m[3] else None
-        return dict(arch="edsr", scale=scale, channels=int(m[1]), blocks=int(m[2]), res_scale=res_scale)
-    if m := re.fullmatch(rf"rcan_c{n}b{n}g{n}", spelled):
-        return dict(arch="rcan", scale=scale, channels=int(m[1]), blocks=int(m[2]), groups=int(m[3]))
-    if (m := re.fullmatch(rf"swinir_c{n}s{n}", spelled)) and int(m[2]) % 6 == 0:
-        return dict(arch="swinir", scale=scale, channels=int(m[1]), stages=int(m[2]) // 6)
+    spelled = PRESETS.get(name, name)
+    number = "([1-9][0-9]*)"
+    if found := re.fullmatch(f"edsr_c{number}b{number}(r[0-9]*[.]?[0-9]+)?", spelled):
+        channels, blocks, r = found.groups()
+        res_scale = float(r[1:]) if r else None
+        return dict(arch="edsr", scale=scale, channels=int(channels), blocks=int(blocks), res_scale=res_scale)
+    if found := re.fullmatch(f"rcan_c{number}b{number}g{number}", spelled):
+        channels, blocks, groups = map(int, found.groups())
+        return dict(arch="rcan", scale=scale, channels=channels, blocks=blocks, groups=groups)
+    if found := re.fullmatch(f"swinir_c{number}s{number}", spelled):
+        channels, layers = map(int, found.groups())
+        if layers % 6:
+            raise CheckpointError(f"model '{name}': the Swin layers ({layers}) must be a multiple of six, "
+                                  f"six to a stage, as in swinir_c{channels}s{layers + 6 - layers % 6}")
+        return dict(arch="swinir", scale=scale, channels=channels, stages=layers // 6)
+    if Path(name).suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
+        raise CheckpointError(f"'{name}' is a file, but --student takes the name of a size, such as "
+                              "edsr_c64b16. --init takes a file to start from")
     raise CheckpointError(f"unknown model '{name}'; known: {NAMES_HELP}")
 
 
@@ -357,7 +367,7 @@ def small(teacher):
         if parameters(from_config(paper)) < parameters(teacher):
             return paper
     heads = config.get("heads", 1)
-    half = max(config["channels"] // 2 // heads, 1) * heads
+    half = max(config["channels"] // 2 // heads, 1) * heads  # a multiple of the heads
     return config | dict(channels=half)
 
 
@@ -399,8 +409,8 @@ def replacing(path):
 
 
 def save(path, model, raw=None):
-    """Writes `model` (the averaged weights where there are any) as {"params_ema", "params", "config"}.
-    raw: the state dict for "params", by default the same as "params_ema". Other codes can read the result."""
+    """Writes {"params_ema", "params", "config"}, which BasicSR and the authors' codes read as well.
+    "params_ema" are the weights of `model`. "params" are the same, or those of the state dict `raw`."""
     constants = model.authors_buffers() if isinstance(model, SwinIR) else {}
     pack = lambda state: {k: v.cpu().contiguous() for k, v in (state | constants).items()}
     averaged = pack(model.state_dict())

@@ -65,6 +65,7 @@ def refused(main, words, place, monkeypatch, capfd):
     ("--teacher file.txt", "file.txt is no checkpoint"),
     ("--teacher damaged.pt", "damaged.pt is no checkpoint"),
     ("--teacher other.pt", "other.pt"),
+    ("--student x2.pt", "'x2.pt' is a file, but --student takes the name of a size"),
     ("--scale 4", "x2.pt is no x4 network"),
     ("--scale 5", "--scale"),
     ("--init nowhere.pt", "nowhere.pt"),
