@@ -13,6 +13,7 @@ Parameter names are those of BasicSR (EDSR, RCAN) and of SwinIR's authors, so fi
 """
 import contextlib
 import copy
+import inspect
 import math
 import os
 import re
@@ -20,6 +21,7 @@ import textwrap
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,6 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB mean of DIV2K's training images, in [0,1]
 SCALES = (2, 3, 4, 8)
+# What torch.load may call to read a number of numpy's, such as a best PSNR, from files of numpy 1 and 2.
+NUMPY_NUMBERS = [
+    np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
+    *[(np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]]
 
 
 class CheckpointError(ValueError):
@@ -420,7 +426,9 @@ def save(path, model, raw=None):
 
 
 def read_file(path):
-    """The object in a checkpoint file, on the CPU. Its code is not run. CheckpointError if it is damaged."""
+    """The object in a checkpoint file, on the CPU. No code in it is run. CheckpointError for other files."""
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path} is a folder. Name a file in it (a run's: student.pt or best.pt)")
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -429,34 +437,54 @@ def read_file(path):
             archive = zipfile.ZipFile(path)
             if archive.testzip() or any(part.external_attr & 16 for part in archive.infolist()):
                 raise zipfile.BadZipFile
-        return torch.load(path, map_location="cpu", weights_only=True)
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise CheckpointError(f"{path} is a TorchScript program, no checkpoint. Its weights can be "
+                                      "saved: torch.save(torch.jit.load(old).state_dict(), new)")
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except ImportError:
         raise CheckpointError(f"{path} needs the package safetensors: pip install safetensors") from None
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as e:
+    except (FileNotFoundError, PermissionError) as e:
         raise CheckpointError(f"{path}: {e.strerror or e}") from None
     except Exception as e:  # torch, zipfile and safetensors raise many kinds for damage
         if code := re.search(r"GLOBAL ([\w.]+)", str(e)):
-            raise CheckpointError(f"{path} wants to run code ({code[1]}) and is refused") from None
+            raise CheckpointError(f"{path} wants to run code ({code[1]}) and is refused. Save the "
+                                  "weights alone: torch.save(network.state_dict(), file)") from None
         raise CheckpointError(f"{path} is no checkpoint, or is empty, truncated or damaged") from None
 
 
 def unwrap(content, path):
-    """The state dict in a file's content, without wrappers and prefixes, and this project's config or {}."""
+    """(weights, config): the tensors in a file's content by name, and the config that `save` wrote, or {}."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no state dict but a {type(content).__name__}")
+    if {"student", "ema", "optimizer"} <= content.keys():  # train.py's last.ckpt
+        raise CheckpointError(f"{path} is for --resume only. The run's networks are student.pt and best.pt, "
+                              f"in {Path(path).parent}")
     config = content.get("config")  # other codes store settings of their own under this name
-    config = config if isinstance(config, dict) and config.get("arch") in [*ARCHITECTURES] else {}
+    kind = isinstance(config, dict) and ARCHITECTURES.get(str(config.get("arch")))
+    if not kind or config.keys() - {"arch", *inspect.signature(kind).parameters}:
+        config = {}
     for key in ("state_dict", "model_state_dict", "model", "net", "params_ema", "params"):  # outer ones first
         if isinstance(content.get(key), dict):
             content = content[key]
-    weights = {str(k): v for k, v in content.items() if torch.is_tensor(v)}
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items()}
-    if not state:
+    counters = ("total_ops", "total_params", "n_averaged")  # of thop, and of torch's AveragedModel
+    weights = {str(name): v for name, v in content.items()
+               if torch.is_tensor(v) and str(name).split(".")[-1] not in counters}
+    if not weights:
         raise CheckpointError(f"{path} holds no weights. Its first entries are {list(content)[:3]}")
-    return state, config
+    return weights, config
 
 
-# From the names of the EDSR and RCAN authors (both based on EDSR-PyTorch) to BasicSR's: regular expressions.
+def without_prefixes(weights):
+    """[weights, …]: with the names as they are, then without each prefix that all share (module.net_g.).
+    DataParallel, torch.compile, Lightning and GAN codes put prefixes there."""
+    shared = os.path.commonprefix(list(weights)).count(".")
+    return [{name.split(".", n)[-1]: v for name, v in weights.items()} for n in range(shared + 1)]
+
+
+# Regular expressions: from the names of EDSR's and RCAN's authors, who share a code base, to BasicSR's.
 COMMON_NAMES = {
     r"^head\.0\.": "conv_first.",
     r"^body\.\d+\.(weight|bias)$": r"conv_after_body.\1",  # the body's last layer
@@ -473,48 +501,53 @@ RCAN_NAMES = COMMON_NAMES | {
 
 
 def translate(state):
-    """A state dict under this file's names, and what its mean shifts tell: {} or {mean, img_range}."""
-    state = {k: v for k, v in state.items() if not k.endswith((".attn_mask", ".relative_position_index"))}
+    """(state, settings): the weights under this file's names; mean and img_range if the file tells."""
+    constants = (".attn_mask", ".relative_position_index")  # SwinIR computes them
+    state = {name: v for name, v in state.items() if not name.endswith(constants)}
     settings = fold_mean_shifts(state) if "sub_mean.weight" in state else {}
-    names = RCAN_NAMES if any(".conv_du." in k for k in state) else EDSR_NAMES
-    for pattern, name in names.items():
-        state = {re.sub(pattern, name, k): v for k, v in state.items()}
+    names = RCAN_NAMES if any(".conv_du." in name for name in state) else EDSR_NAMES
+    for theirs, ours in names.items():
+        state = {re.sub(theirs, ours, name): v for name, v in state.items()}
     return state, settings
 
 
 def fold_mean_shifts(state):
-    """Folds the authors' 1×1 convolutions sub_mean and add_mean into the layers beside them.
-    They may be trained. u = Wx + b is W(x − m) with m = −W⁻¹b: W joins the first convolution. y = Az + c is
-    (Az + c − m) + m: A and c − m join the last one. This is exact, also at the zero-padded border."""
+    """Folds the authors' 1×1 convolutions sub_mean and add_mean into the layers beside them, in `state`.
+    Returns the mean m, and its range. The convolutions may have been trained:
+        sub_mean  Wx + b = W(x − m) with m = −W⁻¹b. The network subtracts m, so W joins the first layer.
+        add_mean  Az + c = (Az + c − m) + m. The network adds m, so A and c − m join the last layer.
+    This is exact, also at the border: zeros beside W(x − m) are zeros beside x − m."""
     shifts = {k: state.pop(k).double() for k in list(state) if k.startswith(("sub_mean.", "add_mean."))}
     W, A = shifts["sub_mean.weight"].view(3, 3), shifts["add_mean.weight"].view(3, 3)
-    m = torch.linalg.solve(W, -shifts["sub_mean.bias"])
+    b, c = shifts["sub_mean.bias"], shifts["add_mean.bias"]
+    m = torch.linalg.solve(W, -b)
     first, last, bias = (state[k].double() for k in ("head.0.weight", "tail.1.weight", "tail.1.bias"))
     state["head.0.weight"] = torch.einsum("oihw,ij->ojhw", first, W)
     state["tail.1.weight"] = torch.einsum("ij,jchw->ichw", A, last)
-    state["tail.1.bias"] = A @ bias + shifts["add_mean.bias"] - m
+    state["tail.1.bias"] = A @ bias + c - m
     img_range = 255.0 if m.max() > 1 else 1.0
     return dict(mean=[round(v, 6) for v in (m / img_range).tolist()], img_range=img_range)
 
 
 def infer(state):
-    """The config that the keys and shapes of a translated state dict spell."""
-    def count(pattern):  # how many different numbers the pattern's group takes among the keys
-        return len({match[1] for key in state if (match := re.match(pattern, key))})
+    """The config that the names and shapes of a translated state dict tell."""
+    def count(prefix):  # how many modules stand directly under a name
+        return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
+
     channels = len(state["conv_first.weight"])
-    widened, width = state["upsample.0.weight"].shape[:2]
-    scale = 3 if widened == 9 * width else 2 ** count(r"upsample\.(\d+)\.weight")
+    widened, width = state["upsample.0.weight"].shape[:2]  # a stage of ×r widens to r² times the channels
+    scale = 3 if widened == 9 * width else 2 ** count("upsample.")
     if "body.0.conv1.weight" in state:
-        return dict(arch="edsr", scale=scale, channels=channels, blocks=count(r"body\.(\d+)\."))
+        return dict(arch="edsr", scale=scale, channels=channels, blocks=count("body."))
     if "body.0.residual_group.0.rcab.0.weight" in state:
         squeezed = len(state["body.0.residual_group.0.rcab.3.attention.1.weight"])
-        return dict(arch="rcan", scale=scale, channels=channels, groups=count(r"body\.(\d+)\."),
-                    blocks=count(r"body\.0\.residual_group\.(\d+)\."), reduction=channels // squeezed)
+        return dict(arch="rcan", scale=scale, channels=channels, groups=count("body."),
+                    blocks=count("body.0.residual_group."), reduction=channels // squeezed)
     layer = "layers.0.residual_group.blocks.0"
-    entries, heads = state[f"{layer}.attn.relative_position_bias_table"].shape
+    entries, heads = state[f"{layer}.attn.relative_position_bias_table"].shape  # ((2·window − 1)², heads)
     config = dict(arch="swinir", scale=scale, channels=channels, heads=heads,
-                  window=(math.isqrt(entries) + 1) // 2, stages=count(r"layers\.(\d+)\."),
-                  layers=count(r"layers\.0\.residual_group\.blocks\.(\d+)\."),
+                  window=(math.isqrt(entries) + 1) // 2, stages=count("layers."),
+                  layers=count("layers.0.residual_group.blocks."),
                   mlp_ratio=len(state[f"{layer}.mlp.fc1.weight"]) / channels)
     if "conv_before_upsample.0.weight" not in state:
         config |= dict(head="pixelshuffledirect", scale=math.isqrt(widened // 3))
@@ -541,7 +574,8 @@ def load(path, **override):
     Reads files of this project, of EDSR's, RCAN's and SwinIR's authors, of BasicSR, and .safetensors.
     Keys and shapes tell the sizes, but not res_scale, mean and img_range. These are the file's where it holds
     them, else the published ones. load(path, res_scale=1.0) overrides them."""
-    original, stored = unwrap(read_file(path), path)
+    weights, stored = unwrap(read_file(path), path)
+    original = without_prefixes(weights)[-1]
     try:
         state, settings = translate(original)
         network = from_config(infer(state) | settings | stored | override)

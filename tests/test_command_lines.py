@@ -65,6 +65,8 @@ def refused(main, words, place, monkeypatch, capfd):
     ("--teacher file.txt", "file.txt is no checkpoint"),
     ("--teacher damaged.pt", "damaged.pt is no checkpoint"),
     ("--teacher other.pt", "other.pt"),
+    ("--teacher run", "run is a folder. Name a file in it (a run's: student.pt or best.pt)"),
+    ("--teacher run/last.ckpt", "run/last.ckpt is for --resume only. The run's networks are student.pt and"),
     ("--student x2.pt", "'x2.pt' is a file, but --student takes the name of a size"),
     ("--scale 4", "x2.pt is no x4 network"),
     ("--scale 5", "--scale"),

@@ -1,6 +1,7 @@
 """models.py: the networks, their names, the checkpoint formats of other codes, and files that are refused."""
 import io
 import os
+import re
 import sys
 import types
 
@@ -317,11 +318,36 @@ def test_the_authors_files_answer_as_the_authors_code(tmp_path, kind, scale, tra
 def test_wrappers_around_the_weights(tmp_path, kind):
     net = make(kind)
     state, other = net.state_dict(), make(kind, seed=1).state_dict()
-    parallel, compiled = ({f"{prefix}{k}": state[k] for k in state} for prefix in ("module.", "_orig_mod."))
-    for content in ({"params": other, "params_ema": state}, {"epoch": 3, "state_dict": parallel}, compiled,
+    for content in ({"params": other, "params_ema": state}, {"epoch": 3, "state_dict": state},
                     {"params": state, "config": {"mean": [0, 0, 0]}},  # other codes' settings
+                    {"params": state, "config": {"arch": kind, "n_feats": 8}},
                     {"model": state, "optimizer": {"state": {}}, "config": {"arch": "unet"}}):
         same(models.load(stored(tmp_path, content)), net)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "net_g.", "netG.", "generator.",
+                                    "module._orig_mod.", "module.model.net_g."])
+@pytest.mark.parametrize("kind", ["rcan", "swinir"])
+def test_prefixes_and_counters_beside_the_weights(tmp_path, kind, prefix):
+    """Counters are those of thop, one in each module, and of torch.optim.swa_utils, without the prefix."""
+    net = make(kind)
+    state = {f"{prefix}{name}": v for name, v in net.state_dict().items()}
+    counters = ("total_ops", "conv_first.total_ops", "conv_first.total_params")
+    state |= {f"{prefix}{name}": torch.zeros(1).double() for name in counters}
+    same(models.load(stored(tmp_path, state | {"n_averaged": torch.tensor(7)})), net)
+
+
+@pytest.mark.parametrize("number", [np.float64(31.5), np.float32(31.5), np.int64(31), np.bool_(True)])
+def test_numpys_numbers_beside_the_weights(tmp_path, number):
+    """Also under the module names of another numpy: numpy.core (1) or numpy._core (2)."""
+    net = make("edsr")
+    content = {"params": net.state_dict(), "best_psnr": number}
+    same(models.load(stored(tmp_path, content), res_scale=0.3), net)
+    path = stored(tmp_path, content, _use_new_zipfile_serialization=False)
+    written = path.read_bytes()
+    for core in (b"numpy.core", b"numpy._core"):
+        path.write_bytes(re.sub(rb"numpy\._?core", core, written))
+        assert core in path.read_bytes() and models.read_file(path)["best_psnr"] == number
 
 
 def test_half_precision_in_old_files_and_safetensors(tmp_path):
@@ -387,7 +413,7 @@ def test_onnx_export_takes_any_size():
 
 def test_missing_folder_empty_and_truncated_files(tmp_path):
     refused(tmp_path / "nowhere.pt", "No such file")
-    refused(tmp_path, "Is a directory")
+    refused(tmp_path, "is a folder", "student.pt or best.pt")
     whole = stored(tmp_path, make("edsr").state_dict()).read_bytes()
     for content in (b"", b"PK\3\4", b"a text\n", whole[:1000], whole[:-1000], whole[:-1]):
         (tmp_path / "net.pt").write_bytes(content)
@@ -410,6 +436,14 @@ def test_one_flipped_bit_is_refused(tmp_path):
         else:
             assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
     assert refusals > 300
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_torchscript_program_is_named_as_such(tmp_path, recwarn):
+    torch.jit.save(torch.jit.script(torch.nn.Conv2d(3, 3, 3)), tmp_path / "net.pt")
+    recwarn.clear()
+    refused(tmp_path / "net.pt", "is a TorchScript program", "state_dict()")
+    assert not recwarn
 
 
 @pytest.mark.parametrize("zipped", [True, False])
