@@ -158,14 +158,14 @@ class RCAN(SRNetwork):
         self.taps = ["conv_first", f"body.{groups // 3}", f"body.{2 * groups // 3}", "conv_after_body"]
 
 
-def mirror(x, multiple, minimum=1):
+def mirror(x, multiple):
     """Extends x (N,c,h,w) below and to the right to multiples of `multiple`, by np.pad's "reflect"."""
     for dim in (-2, -1):
         n = x.shape[dim]
-        size = (max(n, minimum) + multiple - 1) // multiple * multiple
+        size = (n + multiple - 1) // multiple * multiple
         period = torch.full((1,), max(2 * n - 2, 1), device=x.device)  # a tensor, for the export to ONNX
         i = torch.arange(size, device=x.device) % period
-        x = x.index_select(dim, n - 1 - (n - 1 - i).abs())
+        x = x.index_select(dim, n - 1 - (n - 1 - i).abs())  # 0 1 … n−1 … 1 0 1 …
     return x
 
 
@@ -555,39 +555,52 @@ def infer(state):
 
 
 class Foreign(nn.Module):
-    """A network of the package spandrel behind the same interface, as a teacher only."""
+    """A network of the package spandrel behind the same interface, as a teacher only: no gradient."""
 
     def __init__(self, found):
         super().__init__()
-        self.model, self.scale, self.needs = found.model, found.scale, found.size_requirements
+        self.call, self.model = found, found.model  # a submodule as well, so that .to(device) moves it
         self.config = dict(arch=found.architecture.name, scale=found.scale)
-        self.taps, self.receptive_radius = [], None
+        self.scale, self.taps, self.receptive_radius = found.scale, [], None
 
     def forward(self, x):
-        h, w = x.shape[-2:]
-        y = self.model(mirror(x, self.needs.multiple_of, self.needs.minimum))  # always a copy: some edit it
-        return y[..., :h * self.scale, :w * self.scale]
+        """spandrel pads x to a size that the network takes, crops the result and clamps it to [0,1]."""
+        y = self.call(x.clone())  # a copy, as some networks edit their input
+        return y.clone()  # a loss takes only copies of what was made in spandrel's inference mode
+
+
+def from_spandrel(weights, path):
+    """The network of the package spandrel that the weights fit, or None. CheckpointError: a wrong kind."""
+    for state in without_prefixes(weights):
+        try:
+            from spandrel import ModelLoader
+            found = ModelLoader(device="cpu").load_from_state_dict(state)
+        except Exception:  # spandrel is not installed, or raises one of many kinds for unknown weights
+            continue
+        channels = (found.input_channels, found.output_channels)
+        if found.purpose != "SR" or found.scale not in SCALES or channels != (3, 3):
+            kind = f"{found.purpose} x{found.scale} from {channels[0]} to {channels[1]} channels"
+            raise CheckpointError(f"{path} is {found.architecture.name}, for {kind}. A network for "
+                                  "super-resolution of RGB x2, x3, x4 or x8 is needed")
+        return Foreign(found).float()
+    return None
 
 
 def load(path, **override):
     """The network in a checkpoint file, in eval mode, float32, on the CPU. CheckpointError if it fits none.
     Reads files of this project, of EDSR's, RCAN's and SwinIR's authors, of BasicSR, and .safetensors.
-    Keys and shapes tell the sizes, but not res_scale, mean and img_range. These are the file's where it holds
-    them, else the published ones. load(path, res_scale=1.0) overrides them."""
+    Names and shapes tell the sizes. res_scale, mean and img_range are what the file says or, where it says
+    nothing, the published ones. load(path, res_scale=1.0) overrides them."""
     weights, stored = unwrap(read_file(path), path)
-    original = without_prefixes(weights)[-1]
     try:
-        state, settings = translate(original)
+        state, settings = translate(without_prefixes(weights)[-1])
         network = from_config(infer(state) | settings | stored | override)
         network.load_state_dict(state)
     except (LookupError, ArithmeticError, RuntimeError, TypeError, ValueError) as e:
-        network = None
-        with contextlib.suppress(Exception):  # spandrel is not installed, or raises one of many kinds
-            from spandrel import ModelLoader
-            network = Foreign(ModelLoader(device="cpu").load_from_state_dict(original)).float()
-        if override or network is None:
+        network = None if override else from_spandrel(weights, path)
+        if network is None:
             reason = textwrap.shorten(f"{e} is missing" if isinstance(e, KeyError) else str(e), 300)
             raise CheckpointError(f"{path} is no EDSR, RCAN, SwinIR (spandrel has more). {reason}") from None
-    if broken := [k for k, v in network.named_parameters() if not v.isfinite().all()]:
+    if broken := [name for name, v in network.named_parameters() if not v.isfinite().all()]:
         raise CheckpointError(f"{path}: {broken[0]} holds NaN or infinity")
     return network.eval()

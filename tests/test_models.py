@@ -142,11 +142,10 @@ def test_autocast_leaves_the_last_layer_in_float32(kind):
 def test_padding_is_numpys_reflection():
     for n in range(200):
         rng = np.random.RandomState(n)
-        (h, w), multiple, least = rng.randint(1, 20, 2), int(rng.randint(1, 9)), int(rng.randint(0, 20))
+        (h, w), multiple = rng.randint(1, 20, 2), int(rng.randint(1, 20))
         x = picture(1, 2, h, w, seed=n)
-        below, right = (-max(side, least) % multiple + max(side, least) - side for side in (h, w))
-        expected = np.pad(x.numpy(), ((0, 0), (0, 0), (0, below), (0, right)), mode="reflect")
-        assert np.array_equal(models.mirror(x, multiple, least).numpy(), expected)
+        expected = np.pad(x.numpy(), ((0, 0), (0, 0), (0, -h % multiple), (0, -w % multiple)), mode="reflect")
+        assert np.array_equal(models.mirror(x, multiple).numpy(), expected)
 
 
 def test_shift_mask_by_hand():
@@ -370,25 +369,71 @@ def test_settings_that_shapes_do_not_tell(tmp_path):
         refused(tmp_path / "bare.pt", **other)
 
 
-def test_another_packages_network(tmp_path, monkeypatch):
-    """A stand-in for spandrel. Its network edits its input and wants multiples of 4, at least 8 pixels."""
-    class Foreign(torch.nn.Module):
-        def forward(self, x):
-            self.size = tuple(x.shape[-2:])
-            return F.interpolate(x.mul_(255), scale_factor=2) / 255
+class Found:
+    """A stand-in for what spandrel finds: `model`, and a call that prepares its input and output.
+    The network edits its input, and returns a tuple and values above 1. It takes the names body.*."""
+    purpose, scale, input_channels, output_channels = "SR", 2, 3, 3
+    architecture = types.SimpleNamespace(name="X")
 
-    found = types.SimpleNamespace(model=Foreign(), scale=2, architecture=types.SimpleNamespace(name="X"),
-                                  size_requirements=types.SimpleNamespace(multiple_of=4, minimum=8))
-    loader = types.SimpleNamespace(load_from_state_dict=lambda state: found)
+    def __init__(self, state):
+        class Network(torch.nn.Module):
+            def forward(self, x):
+                return F.interpolate(x.mul_(2), scale_factor=2), "more"
+        assert list(state) == ["body.0.weight", "body.1.weight"]
+        self.model = Network()
+
+    @torch.inference_mode()
+    def __call__(self, x):
+        return self.model(x)[0].clamp_(0, 1)
+
+
+def install_stand_in(monkeypatch, **attributes):
+    found = type("Found", (Found,), attributes)
+    loader = types.SimpleNamespace(load_from_state_dict=found)
     monkeypatch.setitem(sys.modules, "spandrel", types.SimpleNamespace(ModelLoader=lambda device: loader))
-    path, x = stored(tmp_path, {"odd.weight": torch.zeros(2)}), picture(1, 3, 9, 5)
+
+
+FOREIGN_WEIGHTS = {f"module.body.{i}.weight": torch.zeros(2) for i in (0, 1)}
+
+
+def test_another_packages_network(tmp_path, monkeypatch):
+    """It is called as the package calls it. Its prefix may be taken off, but no part of its own names."""
+    install_stand_in(monkeypatch)
+    path, x = stored(tmp_path, FOREIGN_WEIGHTS), picture(2, 3, 9, 5)
     net = models.load(path)
-    assert torch.allclose(net(x), F.interpolate(x, scale_factor=2)) and net.model.size == (12, 8)
+    assert torch.equal(net(x), F.interpolate(x * 2, scale_factor=2).clamp(0, 1))
+    assert torch.equal(x, picture(2, 3, 9, 5)) and models.multiply_adds(net) is None
     assert (net.scale, net.config["arch"], net.taps, net.receptive_radius) == (2, "X", [], None)
-    assert torch.equal(x, picture(1, 3, 9, 5)) and models.multiply_adds(net) is None
+    assert list(net.children()) == [net.model]  # .to(device) reaches it
+    F.mse_loss(picture(2, 3, 18, 10).requires_grad_(), net(x)).backward()  # it serves as a label
     refused(path, res_scale=0.1)
     with pytest.raises(models.CheckpointError, match="X"):
         models.small(net)
+
+
+@pytest.mark.parametrize("attributes, words", [
+    (dict(input_channels=1, output_channels=1), "X, for SR x2 from 1 to 1 channels"),
+    (dict(output_channels=4), "from 3 to 4"), (dict(scale=1, purpose="Restoration"), "Restoration x1"),
+    (dict(scale=16), "x16"), (dict(scale=1, purpose="Inpainting"), "Inpainting"),
+    (dict(purpose="FaceSR"), "FaceSR")])
+def test_another_packages_network_of_the_wrong_kind(tmp_path, monkeypatch, attributes, words):
+    install_stand_in(monkeypatch, **attributes)
+    refused(stored(tmp_path, FOREIGN_WEIGHTS), words, "super-resolution of RGB x2, x3, x4 or x8 is needed")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_spandrels_networks(tmp_path):
+    """The real package: a small network, whose labels a loss takes, and one for a single channel."""
+    compact = pytest.importorskip("spandrel.architectures.Compact")
+    for channels in (3, 1):
+        theirs = compact.Compact(num_in_ch=channels, num_out_ch=channels, num_feat=8, upscale=2)
+        path = stored(tmp_path, {f"model.{name}": v for name, v in theirs.state_dict().items()})
+        if channels == 1:
+            refused(path, "from 1 to 1 channels")
+            break
+        net, x = models.load(path), picture(2, 3, 9, 5)
+        assert torch.allclose(net(x), theirs(x).clamp(0, 1), atol=1e-6)
+        F.l1_loss(picture(2, 3, 18, 10).requires_grad_(), net(x)).backward()
 
 
 @pytest.mark.parametrize("kind", ["swinir", "lightweight"])
