@@ -13,6 +13,7 @@ Parameter names are those of BasicSR (EDSR, RCAN) and of SwinIR's authors, so fi
 """
 import contextlib
 import copy
+import inspect
 import math
 import os
 import re
@@ -20,6 +21,7 @@ import textwrap
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,6 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB mean of DIV2K's training images, in [0,1]
 SCALES = (2, 3, 4, 8)
+# What torch.load may call to read a number of numpy's, such as a best PSNR, from files of numpy 1 and 2.
+NUMPY_NUMBERS = [
+    np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
+    *[(np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]]
 
 
 class CheckpointError(ValueError):
@@ -45,7 +51,7 @@ def upsampler(channels, scale):
 
 
 class SRNetwork(nn.Module):
-    """The parts that all share. EDSR and RCAN differ in their `body` only. SwinIR has its own `forward`."""
+    """What the networks share. EDSR and RCAN differ only in `body`. SwinIR has a `forward` of its own."""
     receptive_radius = None
 
     def __init__(self, **config):
@@ -62,10 +68,10 @@ class SRNetwork(nn.Module):
         return self.picture(self.conv_last, self.upsample(x))
 
     def picture(self, last, features):
-        """The RGB picture that the layer `last` makes of features (N,c,h,w).
-        Without autocast: bfloat16's steps, of 8 significant bits, are about as coarse as those of uint8."""
+        """RGB in [0,1] from features (N,c,h,w): the layer `last`, the range and the mean.
+        Autocast is off here. Its bfloat16 has 8 significant bits, about as coarse as a picture in uint8."""
         device = features.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        autocast = device != "meta" and torch.is_autocast_enabled(device)  # "meta" knows no autocast
         with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
             y = last(features.to(next(last.parameters()).dtype))
             return y.to(self.mean.dtype) / self.img_range + self.mean
@@ -82,7 +88,7 @@ class ResidualBlock(nn.Module):
 
 
 class EDSR(SRNetwork):
-    """EDSR without batch normalisation. res_scale: by default 0.1 from 32 blocks on, else 1, as published."""
+    """EDSR. Each block's residual is scaled by res_scale: from 32 blocks on 0.1, else 1, as published."""
 
     def __init__(self, scale, channels=64, blocks=16, res_scale=None, mean=DIV2K_MEAN, img_range=255.0):
         if res_scale is None:
@@ -95,23 +101,35 @@ class EDSR(SRNetwork):
         self.upsample = upsampler(channels, scale)
         self.conv_last = conv3x3(channels, 3)
         self.taps = ["conv_first", f"body.{blocks // 3}", f"body.{2 * blocks // 3}", "conv_after_body"]
-        self.receptive_radius = 2 * blocks + 4  # one pixel for each convolution at LR size, less than 2 after
+        self.receptive_radius = 2 * blocks + 4  # 1 for each convolution at LR size, less than 2 for the rest
+
+
+class ChannelAttention(nn.Module):
+    """Scales each channel by a factor in (0,1) that two layers compute from the means of all channels."""
+
+    def __init__(self, channels, reduction):
+        super().__init__()
+        squeezed = channels // reduction
+        squeeze, excite = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
+        self.attention = nn.ModuleDict({"1": squeeze, "3": excite})  # the names in published files
+
+    def forward(self, x):
+        # The 1×1 convolutions see one pixel, the mean. There their set-up takes longer than their sums.
+        # Linear layers (matrix products) with the same weights give the same and are faster.
+        squeeze, excite = self.attention["1"], self.attention["3"]
+        y = x.mean((2, 3))  # (N,c)
+        y = F.relu(F.linear(y, squeeze.weight.flatten(1), squeeze.bias))
+        y = F.linear(y, excite.weight.flatten(1), excite.bias).sigmoid()
+        return x * y[:, :, None, None]
 
 
 class RCAB(nn.Module):  # residual channel attention block
     def __init__(self, c, reduction):
         super().__init__()
-        self.rcab = nn.Sequential(conv3x3(c, c), nn.ReLU(), conv3x3(c, c), nn.Module())
-        self.rcab[3].attention = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, c // reduction, 1),
-                                               nn.ReLU(), nn.Conv2d(c // reduction, c, 1), nn.Sigmoid())
+        self.rcab = nn.Sequential(conv3x3(c, c), nn.ReLU(), conv3x3(c, c), ChannelAttention(c, reduction))
 
     def forward(self, x):
-        first, relu, second, weigh = self.rcab
-        y = second(relu(first(x)))
-        _, squeeze, _, excite, _ = weigh.attention  # matrix products are faster than its convolutions
-        weights = relu(F.linear(y.mean((2, 3)), squeeze.weight.flatten(1), squeeze.bias))
-        weights = F.linear(weights, excite.weight.flatten(1), excite.bias).sigmoid()
-        return x + y * weights[:, :, None, None]
+        return x + self.rcab(x)
 
 
 class ResidualGroup(nn.Module):
@@ -125,7 +143,7 @@ class ResidualGroup(nn.Module):
 
 
 class RCAN(SRNetwork):
-    """Residual groups of channel-attention blocks. The attention pools over the whole input."""
+    """Groups of channel attention blocks. The attention takes means over the whole input."""
 
     def __init__(self, scale, channels=64, blocks=20, groups=10, reduction=16, mean=DIV2K_MEAN,
                  img_range=255.0):
@@ -140,23 +158,29 @@ class RCAN(SRNetwork):
         self.taps = ["conv_first", f"body.{groups // 3}", f"body.{2 * groups // 3}", "conv_after_body"]
 
 
-def mirror(x, multiple, minimum=1):
+def mirror(x, multiple):
     """Extends x (N,c,h,w) below and to the right to multiples of `multiple`, by np.pad's "reflect"."""
     for dim in (-2, -1):
         n = x.shape[dim]
-        size = (max(n, minimum) + multiple - 1) // multiple * multiple
+        size = (n + multiple - 1) // multiple * multiple
         period = torch.full((1,), max(2 * n - 2, 1), device=x.device)  # a tensor, for the export to ONNX
         i = torch.arange(size, device=x.device) % period
-        x = x.index_select(dim, n - 1 - (n - 1 - i).abs())
+        x = x.index_select(dim, n - 1 - (n - 1 - i).abs())  # 0 1 … n−1 … 1 0 1 …
     return x
 
 
 def shift_mask(H, W, w, shift, device=None):
-    """(nW,w²,w²): −100 between pixels that the cyclic shift brought together from opposite edges, else 0."""
-    # 0 before the last window, 1 inside it, 2 where the shift put the opposite edge
-    y, x = (sum(torch.arange(n, device=device) >= n - edge for edge in (w, shift)) for n in (H, W))
-    region = (3 * y[:, None] + x).view(H // w, w, W // w, w).transpose(1, 2).reshape(-1, w * w)
-    return (region[:, :, None] != region[:, None, :]).float() * -100.0
+    """(nW,w²,w²): −100 between pixels that the cyclic shift brought together from opposite edges, else 0.
+    H×W pixels, cut in nW = H/w·W/w windows of w×w in raster order."""
+    y, x = torch.arange(H, device=device), torch.arange(W, device=device)
+    # along each axis: 0 before the last window, 1 in it, 2 in its last `shift` pixels, from the opposite edge
+    y = (y >= H - w).long() + (y >= H - shift)
+    x = (x >= W - w).long() + (x >= W - shift)
+    region = 3 * y[:, None] + x  # (H,W)
+    region = region.view(H // w, w, W // w, w)
+    region = region.transpose(1, 2).reshape(-1, w * w)  # (nW,w²)
+    apart = region[:, :, None] != region[:, None, :]
+    return apart.float() * -100.0
 
 
 class WindowAttention(nn.Module):
@@ -166,45 +190,54 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads, self.window = heads, window
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
-        position = torch.cartesian_prod(torch.arange(window), torch.arange(window))  # (w²,2)
-        y, x = (position[:, None] - position[None, :] + window - 1).unbind(-1)
-        self.register_buffer("relative_position_index", y * (2 * window - 1) + x, persistent=False)  # (w²,w²)
+        pixels = torch.cartesian_prod(torch.arange(window), torch.arange(window))  # (w²,2): row, column
+        distance = pixels[:, None] - pixels[None, :] + window - 1  # (w²,w²,2), numbers 0 to 2w−2
+        index = distance[..., 0] * (2 * window - 1) + distance[..., 1]
+        self.register_buffer("relative_position_index", index, persistent=False)  # (w²,w²)
         self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x, mask=None):
-        """x (N,H,W,C); mask (nW,w²,w²), one for each of the nW windows of an image.
+        """x (N,H,W,C); mask (nW,w²,w²), one for each of the nW windows of an image. Returns (N,H,W,C).
         F.scaled_dot_product_attention would copy the bias, as large as the scores, for each image."""
+        # N images of H×W pixels in nW = rows·columns windows of w×w; C channels in h heads of d
         N, H, W, C = x.shape
         h, w = self.heads, self.window
-        qkv = self.qkv(x).view(N, H // w, w, W // w, w, 3, h, C // h).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = qkv.reshape(3, -1, h, w * w, C // h)  # (N·nW,h,w²,d) each, windows in raster order
+        rows, columns, d = H // w, W // w, C // h
+        qkv = self.qkv(x)  # (N,H,W,3C)
+        qkv = qkv.view(N, rows, w, columns, w, 3, h, d)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)  # (3,N,rows,columns,h,w,w,d)
+        q, k, v = qkv.reshape(3, -1, h, w * w, d)  # (N·nW,h,w²,d) each
         bias = self.relative_position_bias_table.index_select(0, self.relative_position_index.flatten())
-        bias = bias.view(w * w, w * w, h).permute(2, 0, 1)[None]
-        bias = bias if mask is None else bias + mask[:, None]  # (1 or nW,h,w²,w²)
-        scores = (q * (C // h) ** -0.5) @ k.transpose(-2, -1)
-        scores = (scores.unflatten(0, (-1, bias.shape[0])) + bias.to(scores.dtype)).flatten(0, 1)
-        y = scores.softmax(-1).to(v.dtype) @ v
-        y = y.view(N, H // w, W // w, h, w, w, C // h).permute(0, 1, 4, 2, 5, 3, 6)
+        bias = bias.view(1, w * w, w * w, h).permute(0, 3, 1, 2)  # (1,h,w²,w²)
+        if mask is not None:
+            bias = bias + mask[:, None]  # (nW,h,w²,w²)
+        scores = (q * d ** -0.5) @ k.transpose(-2, -1)  # (N·nW,h,w²,w²)
+        scores = scores.unflatten(0, (-1, bias.shape[0])) + bias.to(scores.dtype)
+        y = scores.flatten(0, 1).softmax(-1).to(v.dtype) @ v  # (N·nW,h,w²,d)
+        y = y.view(N, rows, columns, h, w, w, d)
+        y = y.permute(0, 1, 4, 2, 5, 3, 6)  # (N,rows,w,columns,w,h,d)
         return self.proj(y.reshape(N, H, W, C))
 
 
 class SwinLayer(nn.Module):
-    """LayerNorm, (shifted) window attention, LayerNorm, MLP, both residual."""
+    """LayerNorm and window attention, shifted or not; then LayerNorm and an MLP. Both are residual."""
 
     def __init__(self, channels, heads, window, shift, mlp_ratio):
         super().__init__()
-        hidden = int(channels * mlp_ratio + 1e-6)  # 22·(15/22) is 14.999…
+        hidden = int(channels * mlp_ratio + 1e-6)  # in floats, 22·(15/22) is 14.999…
         self.shift = shift
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, heads, window)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(channels, hidden), "fc2": nn.Linear(hidden, channels)})
 
     def forward(self, x, mask, keep=None):
-        """x (N,H,W,C); keep: drop-path's factors of the two branches, (2,N,1,1,1), or None."""
+        """x (N,H,W,C); keep (2,N,1,1,1): the factors by which drop-path scales the two branches, or None."""
         y, s = self.norm1(x), self.shift
         if s:
-            y = self.attn(y.roll((-s, -s), dims=(1, 2)), mask).roll((s, s), dims=(1, 2))
+            y = y.roll((-s, -s), dims=(1, 2))
+            y = self.attn(y, mask)
+            y = y.roll((s, s), dims=(1, 2))
         else:
             y = self.attn(y)
         x = x + (y if keep is None else y * keep[0])
@@ -213,7 +246,7 @@ class SwinLayer(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Swin layers, every other one shifted, and a convolution, residual. (RSTB in the paper.)"""
+    """The paper's RSTB: Swin layers, every other one shifted, and a convolution. It is residual."""
 
     def __init__(self, channels, heads, window, mlp_ratio, layers):
         super().__init__()
@@ -224,8 +257,8 @@ class SwinStage(nn.Module):
 
     def forward(self, x, mask, keep):
         y = x
-        for layer, k in zip(self.residual_group["blocks"], keep):
-            y = layer(y, mask, k)
+        for layer, factors in zip(self.residual_group["blocks"], keep):
+            y = layer(y, mask, factors)
         return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -262,15 +295,15 @@ class SwinIR(SRNetwork):
 
     def forward(self, x):
         h, w = x.shape[-2:]
-        x = self.conv_first(mirror((x - self.mean) * self.img_range, self.window))
+        x = self.conv_first(mirror((x - self.mean) * self.img_range, self.window))  # (N,C,H,W)
         mask = shift_mask(*x.shape[-2:], self.window, self.window // 2, x.device)
         stages, layers = self.drop_rates.shape[:2]
-        paths = [[None] * layers] * stages
-        if self.training and self.config["drop_path"]:  # stochastic depth: 0, or what keeps the mean
+        factors = [[None] * layers] * stages
+        if self.training and self.config["drop_path"]:  # 0 drops a branch, 1/(1 − rate) keeps the mean
             kept = torch.rand(stages, layers, 2, x.shape[0], 1, 1, 1, device=x.device) >= self.drop_rates
-            paths = kept / (1 - self.drop_rates)
-        y = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (N,H,W,c) between the convolutions
-        for stage, keep in zip(self.layers, paths):
+            factors = kept / (1 - self.drop_rates)
+        y = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (N,H,W,C) between the convolutions
+        for stage, keep in zip(self.layers, factors):
             y = stage(y, mask, keep)
         y = self.conv_after_body(self.norm(y).permute(0, 3, 1, 2)) + x
         if not self.direct:
@@ -279,7 +312,7 @@ class SwinIR(SRNetwork):
         return y[..., :h * self.scale, :w * self.scale]
 
     def authors_buffers(self):
-        """The constants beside the weights in the authors' files. Their masks are for a 48×48 input."""
+        """The constants that the authors' files hold beside the weights. Their masks fit a 48×48 input."""
         side = 48 // self.window * self.window
         mask = shift_mask(side, side, self.window, self.window // 2)
         buffers = {k: v for k, v in self.named_buffers() if k.endswith("relative_position_index")}
@@ -299,14 +332,24 @@ NAMES_HELP = ("edsr, edsr_baseline, rcan, swinir, or any size: edsr_c64b32 (chan
 
 def parse(name, scale):
     """The config of a model name (NAMES_HELP). CheckpointError for an unknown one."""
-    spelled, n = PRESETS.get(name, name), r"([1-9]\d*)"
-    if m := re.fullmatch(rf"edsr_c{n}b{n}(?:r(\d*\.?\d+))?", spelled):
-        res_scale = float(m[3]) if m[3] else None
-        return dict(arch="edsr", scale=scale, channels=int(m[1]), blocks=int(m[2]), res_scale=res_scale)
-    if m := re.fullmatch(rf"rcan_c{n}b{n}g{n}", spelled):
-        return dict(arch="rcan", scale=scale, channels=int(m[1]), blocks=int(m[2]), groups=int(m[3]))
-    if (m := re.fullmatch(rf"swinir_c{n}s{n}", spelled)) and int(m[2]) % 6 == 0:
-        return dict(arch="swinir", scale=scale, channels=int(m[1]), stages=int(m[2]) // 6)
+    spelled = PRESETS.get(name, name)
+    number = "([1-9][0-9]*)"
+    if found := re.fullmatch(f"edsr_c{number}b{number}(r[0-9]*[.]?[0-9]+)?", spelled):
+        channels, blocks, r = found.groups()
+        res_scale = float(r[1:]) if r else None
+        return dict(arch="edsr", scale=scale, channels=int(channels), blocks=int(blocks), res_scale=res_scale)
+    if found := re.fullmatch(f"rcan_c{number}b{number}g{number}", spelled):
+        channels, blocks, groups = map(int, found.groups())
+        return dict(arch="rcan", scale=scale, channels=channels, blocks=blocks, groups=groups)
+    if found := re.fullmatch(f"swinir_c{number}s{number}", spelled):
+        channels, layers = map(int, found.groups())
+        if layers % 6:
+            raise CheckpointError(f"model '{name}': the Swin layers ({layers}) must be a multiple of six, "
+                                  f"six to a stage, as in swinir_c{channels}s{layers + 6 - layers % 6}")
+        return dict(arch="swinir", scale=scale, channels=channels, stages=layers // 6)
+    if Path(name).suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
+        raise CheckpointError(f"'{name}' is a file, but --student takes the name of a size, such as "
+                              "edsr_c64b16. --init takes a file to start from")
     raise CheckpointError(f"unknown model '{name}'; known: {NAMES_HELP}")
 
 
@@ -330,7 +373,7 @@ def small(teacher):
         if parameters(from_config(paper)) < parameters(teacher):
             return paper
     heads = config.get("heads", 1)
-    half = max(config["channels"] // 2 // heads, 1) * heads
+    half = max(config["channels"] // 2 // heads, 1) * heads  # a multiple of the heads
     return config | dict(channels=half)
 
 
@@ -372,8 +415,8 @@ def replacing(path):
 
 
 def save(path, model, raw=None):
-    """Writes `model` (the averaged weights where there are any) as {"params_ema", "params", "config"}.
-    raw: the state dict for "params", by default the same as "params_ema". Other codes can read the result."""
+    """Writes {"params_ema", "params", "config"}, which BasicSR and the authors' codes read as well.
+    "params_ema" are the weights of `model`. "params" are the same, or those of the state dict `raw`."""
     constants = model.authors_buffers() if isinstance(model, SwinIR) else {}
     pack = lambda state: {k: v.cpu().contiguous() for k, v in (state | constants).items()}
     averaged = pack(model.state_dict())
@@ -383,7 +426,9 @@ def save(path, model, raw=None):
 
 
 def read_file(path):
-    """The object in a checkpoint file, on the CPU. Its code is not run. CheckpointError if it is damaged."""
+    """The object in a checkpoint file, on the CPU. No code in it is run. CheckpointError for other files."""
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path} is a folder. Name a file in it (a run's: student.pt or best.pt)")
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -392,34 +437,54 @@ def read_file(path):
             archive = zipfile.ZipFile(path)
             if archive.testzip() or any(part.external_attr & 16 for part in archive.infolist()):
                 raise zipfile.BadZipFile
-        return torch.load(path, map_location="cpu", weights_only=True)
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise CheckpointError(f"{path} is a TorchScript program, no checkpoint. Its weights can be "
+                                      "saved: torch.save(torch.jit.load(old).state_dict(), new)")
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except ImportError:
         raise CheckpointError(f"{path} needs the package safetensors: pip install safetensors") from None
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as e:
+    except (FileNotFoundError, PermissionError) as e:
         raise CheckpointError(f"{path}: {e.strerror or e}") from None
     except Exception as e:  # torch, zipfile and safetensors raise many kinds for damage
         if code := re.search(r"GLOBAL ([\w.]+)", str(e)):
-            raise CheckpointError(f"{path} wants to run code ({code[1]}) and is refused") from None
+            raise CheckpointError(f"{path} wants to run code ({code[1]}) and is refused. Save the "
+                                  "weights alone: torch.save(network.state_dict(), file)") from None
         raise CheckpointError(f"{path} is no checkpoint, or is empty, truncated or damaged") from None
 
 
 def unwrap(content, path):
-    """The state dict in a file's content, without wrappers and prefixes, and this project's config or {}."""
+    """(weights, config): the tensors in a file's content by name, and the config that `save` wrote, or {}."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no state dict but a {type(content).__name__}")
+    if {"student", "ema", "optimizer"} <= content.keys():  # train.py's last.ckpt
+        raise CheckpointError(f"{path} is for --resume only. The run's networks are student.pt and best.pt, "
+                              f"in {Path(path).parent}")
     config = content.get("config")  # other codes store settings of their own under this name
-    config = config if isinstance(config, dict) and config.get("arch") in [*ARCHITECTURES] else {}
+    kind = isinstance(config, dict) and ARCHITECTURES.get(str(config.get("arch")))
+    if not kind or config.keys() - {"arch", *inspect.signature(kind).parameters}:
+        config = {}
     for key in ("state_dict", "model_state_dict", "model", "net", "params_ema", "params"):  # outer ones first
         if isinstance(content.get(key), dict):
             content = content[key]
-    weights = {str(k): v for k, v in content.items() if torch.is_tensor(v)}
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in weights.items()}
-    if not state:
+    counters = ("total_ops", "total_params", "n_averaged")  # of thop, and of torch's AveragedModel
+    weights = {str(name): v for name, v in content.items()
+               if torch.is_tensor(v) and str(name).split(".")[-1] not in counters}
+    if not weights:
         raise CheckpointError(f"{path} holds no weights. Its first entries are {list(content)[:3]}")
-    return state, config
+    return weights, config
 
 
-# From the names of the EDSR and RCAN authors (both based on EDSR-PyTorch) to BasicSR's: regular expressions.
+def without_prefixes(weights):
+    """[weights, …]: with the names as they are, then without each prefix that all share (module.net_g.).
+    DataParallel, torch.compile, Lightning and GAN codes put prefixes there."""
+    shared = os.path.commonprefix(list(weights)).count(".")
+    return [{name.split(".", n)[-1]: v for name, v in weights.items()} for n in range(shared + 1)]
+
+
+# Regular expressions: from the names of EDSR's and RCAN's authors, who share a code base, to BasicSR's.
 COMMON_NAMES = {
     r"^head\.0\.": "conv_first.",
     r"^body\.\d+\.(weight|bias)$": r"conv_after_body.\1",  # the body's last layer
@@ -436,48 +501,53 @@ RCAN_NAMES = COMMON_NAMES | {
 
 
 def translate(state):
-    """A state dict under this file's names, and what its mean shifts tell: {} or {mean, img_range}."""
-    state = {k: v for k, v in state.items() if not k.endswith((".attn_mask", ".relative_position_index"))}
+    """(state, settings): the weights under this file's names; mean and img_range if the file tells."""
+    constants = (".attn_mask", ".relative_position_index")  # SwinIR computes them
+    state = {name: v for name, v in state.items() if not name.endswith(constants)}
     settings = fold_mean_shifts(state) if "sub_mean.weight" in state else {}
-    names = RCAN_NAMES if any(".conv_du." in k for k in state) else EDSR_NAMES
-    for pattern, name in names.items():
-        state = {re.sub(pattern, name, k): v for k, v in state.items()}
+    names = RCAN_NAMES if any(".conv_du." in name for name in state) else EDSR_NAMES
+    for theirs, ours in names.items():
+        state = {re.sub(theirs, ours, name): v for name, v in state.items()}
     return state, settings
 
 
 def fold_mean_shifts(state):
-    """Folds the authors' 1×1 convolutions sub_mean and add_mean into the layers beside them.
-    They may be trained. u = Wx + b is W(x − m) with m = −W⁻¹b: W joins the first convolution. y = Az + c is
-    (Az + c − m) + m: A and c − m join the last one. This is exact, also at the zero-padded border."""
+    """Folds the authors' 1×1 convolutions sub_mean and add_mean into the layers beside them, in `state`.
+    Returns the mean m, and its range. The convolutions may have been trained:
+        sub_mean  Wx + b = W(x − m) with m = −W⁻¹b. The network subtracts m, so W joins the first layer.
+        add_mean  Az + c = (Az + c − m) + m. The network adds m, so A and c − m join the last layer.
+    This is exact, also at the border: zeros beside W(x − m) are zeros beside x − m."""
     shifts = {k: state.pop(k).double() for k in list(state) if k.startswith(("sub_mean.", "add_mean."))}
     W, A = shifts["sub_mean.weight"].view(3, 3), shifts["add_mean.weight"].view(3, 3)
-    m = torch.linalg.solve(W, -shifts["sub_mean.bias"])
+    b, c = shifts["sub_mean.bias"], shifts["add_mean.bias"]
+    m = torch.linalg.solve(W, -b)
     first, last, bias = (state[k].double() for k in ("head.0.weight", "tail.1.weight", "tail.1.bias"))
     state["head.0.weight"] = torch.einsum("oihw,ij->ojhw", first, W)
     state["tail.1.weight"] = torch.einsum("ij,jchw->ichw", A, last)
-    state["tail.1.bias"] = A @ bias + shifts["add_mean.bias"] - m
+    state["tail.1.bias"] = A @ bias + c - m
     img_range = 255.0 if m.max() > 1 else 1.0
     return dict(mean=[round(v, 6) for v in (m / img_range).tolist()], img_range=img_range)
 
 
 def infer(state):
-    """The config that the keys and shapes of a translated state dict spell."""
-    def count(pattern):  # how many different numbers the pattern's group takes among the keys
-        return len({match[1] for key in state if (match := re.match(pattern, key))})
+    """The config that the names and shapes of a translated state dict tell."""
+    def count(prefix):  # how many modules stand directly under a name
+        return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
+
     channels = len(state["conv_first.weight"])
-    widened, width = state["upsample.0.weight"].shape[:2]
-    scale = 3 if widened == 9 * width else 2 ** count(r"upsample\.(\d+)\.weight")
+    widened, width = state["upsample.0.weight"].shape[:2]  # a stage of ×r widens to r² times the channels
+    scale = 3 if widened == 9 * width else 2 ** count("upsample.")
     if "body.0.conv1.weight" in state:
-        return dict(arch="edsr", scale=scale, channels=channels, blocks=count(r"body\.(\d+)\."))
+        return dict(arch="edsr", scale=scale, channels=channels, blocks=count("body."))
     if "body.0.residual_group.0.rcab.0.weight" in state:
         squeezed = len(state["body.0.residual_group.0.rcab.3.attention.1.weight"])
-        return dict(arch="rcan", scale=scale, channels=channels, groups=count(r"body\.(\d+)\."),
-                    blocks=count(r"body\.0\.residual_group\.(\d+)\."), reduction=channels // squeezed)
+        return dict(arch="rcan", scale=scale, channels=channels, groups=count("body."),
+                    blocks=count("body.0.residual_group."), reduction=channels // squeezed)
     layer = "layers.0.residual_group.blocks.0"
-    entries, heads = state[f"{layer}.attn.relative_position_bias_table"].shape
+    entries, heads = state[f"{layer}.attn.relative_position_bias_table"].shape  # ((2·window − 1)², heads)
     config = dict(arch="swinir", scale=scale, channels=channels, heads=heads,
-                  window=(math.isqrt(entries) + 1) // 2, stages=count(r"layers\.(\d+)\."),
-                  layers=count(r"layers\.0\.residual_group\.blocks\.(\d+)\."),
+                  window=(math.isqrt(entries) + 1) // 2, stages=count("layers."),
+                  layers=count("layers.0.residual_group.blocks."),
                   mlp_ratio=len(state[f"{layer}.mlp.fc1.weight"]) / channels)
     if "conv_before_upsample.0.weight" not in state:
         config |= dict(head="pixelshuffledirect", scale=math.isqrt(widened // 3))
@@ -485,38 +555,52 @@ def infer(state):
 
 
 class Foreign(nn.Module):
-    """A network of the package spandrel behind the same interface, as a teacher only."""
+    """A network of the package spandrel behind the same interface, as a teacher only: no gradient."""
 
     def __init__(self, found):
         super().__init__()
-        self.model, self.scale, self.needs = found.model, found.scale, found.size_requirements
+        self.call, self.model = found, found.model  # a submodule as well, so that .to(device) moves it
         self.config = dict(arch=found.architecture.name, scale=found.scale)
-        self.taps, self.receptive_radius = [], None
+        self.scale, self.taps, self.receptive_radius = found.scale, [], None
 
     def forward(self, x):
-        h, w = x.shape[-2:]
-        y = self.model(mirror(x, self.needs.multiple_of, self.needs.minimum))  # always a copy: some edit it
-        return y[..., :h * self.scale, :w * self.scale]
+        """spandrel pads x to a size that the network takes, crops the result and clamps it to [0,1]."""
+        y = self.call(x.clone())  # a copy, as some networks edit their input
+        return y.clone()  # a loss takes only copies of what was made in spandrel's inference mode
+
+
+def from_spandrel(weights, path):
+    """The network of the package spandrel that the weights fit, or None. CheckpointError: a wrong kind."""
+    for state in without_prefixes(weights):
+        try:
+            from spandrel import ModelLoader
+            found = ModelLoader(device="cpu").load_from_state_dict(state)
+        except Exception:  # spandrel is not installed, or raises one of many kinds for unknown weights
+            continue
+        channels = (found.input_channels, found.output_channels)
+        if found.purpose != "SR" or found.scale not in SCALES or channels != (3, 3):
+            kind = f"{found.purpose} x{found.scale} from {channels[0]} to {channels[1]} channels"
+            raise CheckpointError(f"{path} is {found.architecture.name}, for {kind}. A network for "
+                                  "super-resolution of RGB x2, x3, x4 or x8 is needed")
+        return Foreign(found).float()
+    return None
 
 
 def load(path, **override):
     """The network in a checkpoint file, in eval mode, float32, on the CPU. CheckpointError if it fits none.
     Reads files of this project, of EDSR's, RCAN's and SwinIR's authors, of BasicSR, and .safetensors.
-    Keys and shapes tell the sizes, but not res_scale, mean and img_range. These are the file's where it holds
-    them, else the published ones. load(path, res_scale=1.0) overrides them."""
-    original, stored = unwrap(read_file(path), path)
+    Names and shapes tell the sizes. res_scale, mean and img_range are what the file says or, where it says
+    nothing, the published ones. load(path, res_scale=1.0) overrides them."""
+    weights, stored = unwrap(read_file(path), path)
     try:
-        state, settings = translate(original)
+        state, settings = translate(without_prefixes(weights)[-1])
         network = from_config(infer(state) | settings | stored | override)
         network.load_state_dict(state)
     except (LookupError, ArithmeticError, RuntimeError, TypeError, ValueError) as e:
-        network = None
-        with contextlib.suppress(Exception):  # spandrel is not installed, or raises one of many kinds
-            from spandrel import ModelLoader
-            network = Foreign(ModelLoader(device="cpu").load_from_state_dict(original)).float()
-        if override or network is None:
+        network = None if override else from_spandrel(weights, path)
+        if network is None:
             reason = textwrap.shorten(f"{e} is missing" if isinstance(e, KeyError) else str(e), 300)
             raise CheckpointError(f"{path} is no EDSR, RCAN, SwinIR (spandrel has more). {reason}") from None
-    if broken := [k for k, v in network.named_parameters() if not v.isfinite().all()]:
+    if broken := [name for name, v in network.named_parameters() if not v.isfinite().all()]:
         raise CheckpointError(f"{path}: {broken[0]} holds NaN or infinity")
     return network.eval()

@@ -1,6 +1,7 @@
 """models.py: the networks, their names, the checkpoint formats of other codes, and files that are refused."""
 import io
 import os
+import re
 import sys
 import types
 
@@ -141,11 +142,10 @@ def test_autocast_leaves_the_last_layer_in_float32(kind):
 def test_padding_is_numpys_reflection():
     for n in range(200):
         rng = np.random.RandomState(n)
-        (h, w), multiple, least = rng.randint(1, 20, 2), int(rng.randint(1, 9)), int(rng.randint(0, 20))
+        (h, w), multiple = rng.randint(1, 20, 2), int(rng.randint(1, 20))
         x = picture(1, 2, h, w, seed=n)
-        below, right = (-max(side, least) % multiple + max(side, least) - side for side in (h, w))
-        expected = np.pad(x.numpy(), ((0, 0), (0, 0), (0, below), (0, right)), mode="reflect")
-        assert np.array_equal(models.mirror(x, multiple, least).numpy(), expected)
+        expected = np.pad(x.numpy(), ((0, 0), (0, 0), (0, -h % multiple), (0, -w % multiple)), mode="reflect")
+        assert np.array_equal(models.mirror(x, multiple).numpy(), expected)
 
 
 def test_shift_mask_by_hand():
@@ -208,7 +208,10 @@ def test_names(name, description):
     ("vdsr_deep", 4, "unknown model 'vdsr_deep'; known: edsr, "), ("edsr_c64b16 ", 4, "unknown"),
     ("smal", 4, "unknown"), ("edsr_basline", 4, "unknown"), ("rcan_c64b6", 4, "unknown"),
     ("edsr_c64b0", 4, "unknown"), ("edsr_c64b16r", 4, "unknown"), ("rcan_c64b6g10r0.1", 4, "unknown"),
-    ("swinir_c60s20", 4, "six to a stage"), ("swinir_c20s6", 4, "(20) must be a multiple of its 6 heads"),
+    ("swinir_c12s5", 4, "'swinir_c12s5': the Swin layers (5) must be a multiple of six"),
+    ("swinir_c60s20", 4, "as in swinir_c60s24"),
+    ("run/student.pt", 4, "--student takes the name of a size, such as edsr_c64b16. --init takes"),
+    ("swinir_c20s6", 4, "(20) must be a multiple of its 6 heads"),
     ("edsr_c4b1", 5, "scale 5 is not one of 2, 3, 4, 8"), ("rcan_c4b1g1", None, "2, 3, 4, 8")])
 def test_names_that_are_refused(name, scale, message):
     with pytest.raises(models.CheckpointError) as caught:
@@ -314,11 +317,36 @@ def test_the_authors_files_answer_as_the_authors_code(tmp_path, kind, scale, tra
 def test_wrappers_around_the_weights(tmp_path, kind):
     net = make(kind)
     state, other = net.state_dict(), make(kind, seed=1).state_dict()
-    parallel, compiled = ({f"{prefix}{k}": state[k] for k in state} for prefix in ("module.", "_orig_mod."))
-    for content in ({"params": other, "params_ema": state}, {"epoch": 3, "state_dict": parallel}, compiled,
+    for content in ({"params": other, "params_ema": state}, {"epoch": 3, "state_dict": state},
                     {"params": state, "config": {"mean": [0, 0, 0]}},  # other codes' settings
+                    {"params": state, "config": {"arch": kind, "n_feats": 8}},
                     {"model": state, "optimizer": {"state": {}}, "config": {"arch": "unet"}}):
         same(models.load(stored(tmp_path, content)), net)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "net_g.", "netG.", "generator.",
+                                    "module._orig_mod.", "module.model.net_g."])
+@pytest.mark.parametrize("kind", ["rcan", "swinir"])
+def test_prefixes_and_counters_beside_the_weights(tmp_path, kind, prefix):
+    """Counters are those of thop, one in each module, and of torch.optim.swa_utils, without the prefix."""
+    net = make(kind)
+    state = {f"{prefix}{name}": v for name, v in net.state_dict().items()}
+    counters = ("total_ops", "conv_first.total_ops", "conv_first.total_params")
+    state |= {f"{prefix}{name}": torch.zeros(1).double() for name in counters}
+    same(models.load(stored(tmp_path, state | {"n_averaged": torch.tensor(7)})), net)
+
+
+@pytest.mark.parametrize("number", [np.float64(31.5), np.float32(31.5), np.int64(31), np.bool_(True)])
+def test_numpys_numbers_beside_the_weights(tmp_path, number):
+    """Also under the module names of another numpy: numpy.core (1) or numpy._core (2)."""
+    net = make("edsr")
+    content = {"params": net.state_dict(), "best_psnr": number}
+    same(models.load(stored(tmp_path, content), res_scale=0.3), net)
+    path = stored(tmp_path, content, _use_new_zipfile_serialization=False)
+    written = path.read_bytes()
+    for core in (b"numpy.core", b"numpy._core"):
+        path.write_bytes(re.sub(rb"numpy\._?core", core, written))
+        assert core in path.read_bytes() and models.read_file(path)["best_psnr"] == number
 
 
 def test_half_precision_in_old_files_and_safetensors(tmp_path):
@@ -341,25 +369,71 @@ def test_settings_that_shapes_do_not_tell(tmp_path):
         refused(tmp_path / "bare.pt", **other)
 
 
-def test_another_packages_network(tmp_path, monkeypatch):
-    """A stand-in for spandrel. Its network edits its input and wants multiples of 4, at least 8 pixels."""
-    class Foreign(torch.nn.Module):
-        def forward(self, x):
-            self.size = tuple(x.shape[-2:])
-            return F.interpolate(x.mul_(255), scale_factor=2) / 255
+class Found:
+    """A stand-in for what spandrel finds: `model`, and a call that prepares its input and output.
+    The network edits its input, and returns a tuple and values above 1. It takes the names body.*."""
+    purpose, scale, input_channels, output_channels = "SR", 2, 3, 3
+    architecture = types.SimpleNamespace(name="X")
 
-    found = types.SimpleNamespace(model=Foreign(), scale=2, architecture=types.SimpleNamespace(name="X"),
-                                  size_requirements=types.SimpleNamespace(multiple_of=4, minimum=8))
-    loader = types.SimpleNamespace(load_from_state_dict=lambda state: found)
+    def __init__(self, state):
+        class Network(torch.nn.Module):
+            def forward(self, x):
+                return F.interpolate(x.mul_(2), scale_factor=2), "more"
+        assert list(state) == ["body.0.weight", "body.1.weight"]
+        self.model = Network()
+
+    @torch.inference_mode()
+    def __call__(self, x):
+        return self.model(x)[0].clamp_(0, 1)
+
+
+def install_stand_in(monkeypatch, **attributes):
+    found = type("Found", (Found,), attributes)
+    loader = types.SimpleNamespace(load_from_state_dict=found)
     monkeypatch.setitem(sys.modules, "spandrel", types.SimpleNamespace(ModelLoader=lambda device: loader))
-    path, x = stored(tmp_path, {"odd.weight": torch.zeros(2)}), picture(1, 3, 9, 5)
+
+
+FOREIGN_WEIGHTS = {f"module.body.{i}.weight": torch.zeros(2) for i in (0, 1)}
+
+
+def test_another_packages_network(tmp_path, monkeypatch):
+    """It is called as the package calls it. Its prefix may be taken off, but no part of its own names."""
+    install_stand_in(monkeypatch)
+    path, x = stored(tmp_path, FOREIGN_WEIGHTS), picture(2, 3, 9, 5)
     net = models.load(path)
-    assert torch.allclose(net(x), F.interpolate(x, scale_factor=2)) and net.model.size == (12, 8)
+    assert torch.equal(net(x), F.interpolate(x * 2, scale_factor=2).clamp(0, 1))
+    assert torch.equal(x, picture(2, 3, 9, 5)) and models.multiply_adds(net) is None
     assert (net.scale, net.config["arch"], net.taps, net.receptive_radius) == (2, "X", [], None)
-    assert torch.equal(x, picture(1, 3, 9, 5)) and models.multiply_adds(net) is None
+    assert list(net.children()) == [net.model]  # .to(device) reaches it
+    F.mse_loss(picture(2, 3, 18, 10).requires_grad_(), net(x)).backward()  # it serves as a label
     refused(path, res_scale=0.1)
     with pytest.raises(models.CheckpointError, match="X"):
         models.small(net)
+
+
+@pytest.mark.parametrize("attributes, words", [
+    (dict(input_channels=1, output_channels=1), "X, for SR x2 from 1 to 1 channels"),
+    (dict(output_channels=4), "from 3 to 4"), (dict(scale=1, purpose="Restoration"), "Restoration x1"),
+    (dict(scale=16), "x16"), (dict(scale=1, purpose="Inpainting"), "Inpainting"),
+    (dict(purpose="FaceSR"), "FaceSR")])
+def test_another_packages_network_of_the_wrong_kind(tmp_path, monkeypatch, attributes, words):
+    install_stand_in(monkeypatch, **attributes)
+    refused(stored(tmp_path, FOREIGN_WEIGHTS), words, "super-resolution of RGB x2, x3, x4 or x8 is needed")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_spandrels_networks(tmp_path):
+    """The real package: a small network, whose labels a loss takes, and one for a single channel."""
+    compact = pytest.importorskip("spandrel.architectures.Compact")
+    for channels in (3, 1):
+        theirs = compact.Compact(num_in_ch=channels, num_out_ch=channels, num_feat=8, upscale=2)
+        path = stored(tmp_path, {f"model.{name}": v for name, v in theirs.state_dict().items()})
+        if channels == 1:
+            refused(path, "from 1 to 1 channels")
+            break
+        net, x = models.load(path), picture(2, 3, 9, 5)
+        assert torch.allclose(net(x), theirs(x).clamp(0, 1), atol=1e-6)
+        F.l1_loss(picture(2, 3, 18, 10).requires_grad_(), net(x)).backward()
 
 
 @pytest.mark.parametrize("kind", ["swinir", "lightweight"])
@@ -384,7 +458,7 @@ def test_onnx_export_takes_any_size():
 
 def test_missing_folder_empty_and_truncated_files(tmp_path):
     refused(tmp_path / "nowhere.pt", "No such file")
-    refused(tmp_path, "Is a directory")
+    refused(tmp_path, "is a folder", "student.pt or best.pt")
     whole = stored(tmp_path, make("edsr").state_dict()).read_bytes()
     for content in (b"", b"PK\3\4", b"a text\n", whole[:1000], whole[:-1000], whole[:-1]):
         (tmp_path / "net.pt").write_bytes(content)
@@ -407,6 +481,14 @@ def test_one_flipped_bit_is_refused(tmp_path):
         else:
             assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
     assert refusals > 300
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_torchscript_program_is_named_as_such(tmp_path, recwarn):
+    torch.jit.save(torch.jit.script(torch.nn.Conv2d(3, 3, 3)), tmp_path / "net.pt")
+    recwarn.clear()
+    refused(tmp_path / "net.pt", "is a TorchScript program", "state_dict()")
+    assert not recwarn
 
 
 @pytest.mark.parametrize("zipped", [True, False])
