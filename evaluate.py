@@ -18,11 +18,15 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -445,6 +449,7 @@ def pick_device(name=""):
 def command_line(*kinds):
     """What a program's main() runs in. What users can cause, and errors of `kinds`, end the program with one
     line and exit code 2. A letter that the terminal's encoding lacks is printed as a question mark."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # a service, for example, has neither
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):

@@ -71,7 +71,7 @@ def folder(arm, n, seed):
 def prepare(place):
     """Puts the held-out images and the reduced ones into RUNS. Returns the other small photographs."""
     if not (place / "train").is_dir() or not (place / "highres").is_dir():
-        raise SystemExit(f"error: {place} lacks train/ or highres/: name the folder of results/README.md as --data")
+        raise SystemExit(f"error: {place} has no train/ or no highres/; --data names the folder that has them")
     held_names = json.loads((RESULTS / "edsr_baseline.json").read_text())["training"]["held_out"]
     images = sorted((place / "train").iterdir())
     held = [path for path in images if path.stem in held_names]
@@ -234,7 +234,10 @@ def runs_table(folders):
 
 def plot():
     """results/terms.png: what each arm of study L gains over KD on B100, a dot a seed."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("error: --plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")

@@ -1,6 +1,8 @@
 """The command lines: a mistake ends with exit code 2 and one line that names it. It leaves no file behind."""
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +170,23 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(place, monkeypatch, ca
     ("x2.pt --input val/im0.png --output train/im0.png", "train/im0.png exists already")])
 def test_wrong_words_for_evaluate(place, monkeypatch, capfd, words, named):
     assert named in refused(evaluate.main, words, place, monkeypatch, capfd)
+
+
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
+def test_ctrl_c_during_the_imports_prints_nothing(tmp_path, program):
+    """In place of torch, a module that has the signal sent when it is imported."""
+    (tmp_path / "torch.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    done = subprocess.run([sys.executable, ROOT / program], capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize("encoding", ["cp932", "ascii"])
+def test_a_run_prints_on_any_terminal(place, tmp_path, encoding):
+    words = f"{NEW} --data train --val val --out {tmp_path}/run".split()
+    done = subprocess.run([sys.executable, ROOT / "train.py", *words], cwd=place, capture_output=True,
+                          env=os.environ | dict(PYTHONIOENCODING=encoding))
+    assert done.returncode == 0 and b"L = 1?rec" in done.stdout
 
 
 def test_the_script_itself_ends_with_one_line_and_exit_code_2(tmp_path):
