@@ -5,7 +5,7 @@
 #   bash results/gpu.sh times             one step of the other pairs, compiled and plain
 # Writes results/gpu_*.json, or to another folder OUT. STEPS: of each student. TINY=1 tries all of it on a CPU.
 set -u
-OUT=${OUT:-results} STEPS=${STEPS:-12000} TINY=${TINY:-}
+root=$PWD OUT=$(realpath -m "${OUT:-results}") STEPS=${STEPS:-12000} TINY=${TINY:-}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$OUT"
@@ -61,10 +61,11 @@ times() {
 }
 
 train() {  # folder of training pictures, test sets
-  local size=(--student small) arm flags students=()
+  local size=(--student small) sets=() students=() arm flags place
+  for place in "${@:2}"; do sets+=("$(realpath "$place")"); done
   [ "$TINY" ] && size=(--student edsr_c8b1 --batch 1 --patch 12) STEPS=4
   while read -r arm flags; do
-    students+=("$work/$arm/student.pt")
+    students+=("$arm/student.pt")
     # shellcheck disable=SC2086
     python train.py --teacher edsr_baseline.pt "${size[@]}" --steps "$STEPS" --lr 5e-4 --schedule cosine \
       --val-every $((STEPS / 4)) --data "$1" --cache "$work/cache_$arm" --out "$work/$arm" $flags >"$work/$arm.log" 2>&1 &
@@ -78,7 +79,7 @@ dukd_released --method dukd_released
 END
   wait
   tail -qn 2 "$work"/*.log
-  [ $# -gt 1 ] && python evaluate.py "${students[@]}" --data "${@:2}" --json "$OUT/gpu_students.json"
+  [ $# -gt 1 ] && cd "$work" && python "$root/evaluate.py" "${students[@]}" --data "${sets[@]}" --json "$OUT/gpu_students.json"
 }
 
 "$@"
