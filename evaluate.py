@@ -415,7 +415,7 @@ def parse(argv):
     o = p.parse_args(argv)
     if o.write_lr and (o.models or o.sr or o.input or o.json or o.figure or o.against or o.bench is not None
                        or not o.data or not o.scale):
-        p.error("--write-lr takes --data and --scale, and nothing else")
+        p.error("--write-lr needs --data and --scale, and takes nothing else")
     if not (o.models or o.sr or o.write_lr) or not (o.data or o.input or o.output or o.bench is not None):
         p.error("name models, and --data to score, --input and --output to upscale, or --bench")
     if bool(o.input) != bool(o.output):

@@ -428,8 +428,10 @@ def computes_bfloat16(device):
 def build_student(c, teacher):
     """The student by name. With --init, it takes every tensor of that file that fits in name and shape, and
     the file's residual scale, mean and range, without which the tensors would mean another function."""
+    if Path(c.out, "last.ckpt").exists():  # resumed: its weights come later
+        return models.from_config(models.read_file(Path(c.out, "student.pt"))["config"])
     config = models.small(teacher) if c.student == "small" else models.parse(c.student, c.scale)
-    given = models.load(c.init) if c.init and not Path(c.out, "last.ckpt").exists() else None
+    given = models.load(c.init) if c.init else None
     if given:
         settings = ("res_scale", "mean", "img_range") if given.config["arch"] == config["arch"] else ()
         config = config | {name: given.config[name] for name in settings if name in given.config}
@@ -459,8 +461,8 @@ def prepare_images(c, rank=0, world=1):
         raise ConfigError(f"{c.data[0]} has one image, which is held out: name others with --val")
     trained_on = {path.resolve() for path in images}
     if shared := [path.name for path in held if path.resolve() in trained_on]:
-        print(f"note: {len(shared)} held-out pictures are trained on, too ({shared[0]}, …): their PSNR says "
-              "nothing about new pictures", file=sys.stderr)
+        print(f"note: {len(shared)} held-out pictures are trained on, too, such as {shared[0]}. Their PSNR "
+              "says nothing about new pictures", file=sys.stderr)
     if rank > 0:
         dist.barrier()  # the first process decodes the images, the others find them
     store = data.build_store(images, [lr_of[path] for path in images], c.scale, c.patch, c.cache)

@@ -185,8 +185,10 @@ def psnrs(arm, n, when, where):
             for (a, m, seed), r in records().items() if (a, m) == (arm, n)}
 
 
-def spread(values):
-    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+def spread(values, digits=2):
+    """The mean of the values, and their standard deviation where there are several."""
+    numbers = [np.mean(values), np.std(values, ddof=1)] if len(values) > 1 else values
+    return " ± ".join(f"{number:.{digits}f}" for number in numbers)
 
 
 def gain(arm, reference, n, where="B100"):
@@ -211,12 +213,13 @@ def table(study, over="KD"):
     runs = STUDIES[study]
     for n in dict.fromkeys(n for _, n, _ in runs):
         for arm in dict.fromkeys(arm for arm, m, _ in runs if m == n):
-            cells = [list(psnrs(arm, n, "best", where).values())
-                     for where in ("held_out", "Set5", "Set14", "B100", "to_teacher")]
-            if cells[0]:
-                *scores, to_teacher = map(spread, cells)
-                yield (f"| {n} | {LABELS[arm]} | {len(cells[0])} | {' | '.join(scores)} | "
-                       f"{gain(arm, reference, n)} | {to_teacher} |")
+            held, set5, set14, b100, to_teacher = (
+                list(psnrs(arm, n, "best", where).values())
+                for where in ("held_out", "Set5", "Set14", "B100", "to_teacher"))
+            if held:
+                scores = [spread(held), spread(set5), spread(set14), spread(b100, 3)]
+                yield (f"| {n} | {LABELS[arm]} | {len(held)} | {' | '.join(scores)} | "
+                       f"{gain(arm, reference, n)} | {spread(to_teacher)} |")
 
 
 def runs_table(folders):

@@ -10,6 +10,7 @@ import torch
 import evaluate
 import models
 import train
+from samples import noise, save
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,9 +18,10 @@ COMMANDS = re.findall(r"(?:python|torchrun)\b[^&#`\n]*?\b(train|evaluate)\.py\b(
 
 
 def test_it_starts_with_two_commands_that_need_python_alone():
-    start = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && python "
-    first, second = re.findall(f"^ *{re.escape(start)}(.*)", README, re.M)
-    assert first.startswith("train.py --teacher edsr_baseline.pt") and second == "-m pytest tests"
+    prepare = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt\n"
+    first, second = re.findall(f"^```\n{re.escape(prepare)}(python .*)\n```$", README, re.M)
+    assert first.startswith("python train.py --teacher edsr_baseline.pt --student small")
+    assert first.endswith(train.SHORT_RUN) and second == "python -m pytest tests"
 
 
 @pytest.mark.parametrize("file, words", COMMANDS)
@@ -58,13 +60,15 @@ def test_its_snippets_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "onnx" in snippet:
         pytest.importorskip("onnxscript")  # optional; brings onnx
-    names = dict(lr=torch.rand(2, 3, 8, 12), hr=torch.rand(2, 3, 32, 48), scale=4)
-    names["teacher"] = names["student"] = models.build("edsr_c4b2", 4)
-    for checkpoint in re.findall(r'"(\w+\.pt)"', snippet):
-        models.save(checkpoint, names["student"])
+    network = models.build("edsr_c4b2", 4)
+    models.save("student.pt", network)
+    save(noise(12, 16, 3), "photo.jpg")
+    names = dict(network=network)
     exec(snippet, names)
-    for function, parameters in re.findall(r"^def (\w+)\((.*?)\)", snippet, re.M):
-        names[function](*(names[parameter] for parameter in parameters.split(", ")))
+    if "wrapped" in snippet:
+        assert torch.allclose(names["wrapped"](torch.full((1, 3, 4, 4), 0.5)), network(torch.zeros(1, 3, 4, 4)) / 2 + 0.5)
+    made = {path.name for path in tmp_path.iterdir()} - {"student.pt", "photo.jpg"}
+    assert made == {*re.findall(r'"(student.onnx|big.png)"', snippet)}
 
 
 def test_its_figures_stand_in_results():
@@ -74,3 +78,10 @@ def test_its_figures_stand_in_results():
     known = {f"{o['psnr']:.2f}/{o['ssim']:.4f}" for o in objects if {"psnr", "ssim"} <= o.keys()}
     named = re.findall(r"\d\d\.\d\d/0\.\d{4}", README)
     assert len(named) > 5 and not {*named} - known
+
+
+def test_its_rows_of_studies_are_made_from_the_records(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "results"))
+    import study
+    rows = re.findall(r"^\| (?:881|2K|2K reduced|\d+) \| .*", README, re.M)
+    assert rows and not {*rows} - {line for name in study.STUDIES for line in study.table(name)}

@@ -350,16 +350,20 @@ def test_init_starts_with_the_function_of_the_file(place, tmp_path):
     torch.manual_seed(2)
     given = models.EDSR(4, channels=8, blocks=3, res_scale=0.2, mean=(0.1, 0.2, 0.3), img_range=1.0).eval()
     models.save(tmp_path / "given.pt", given)
-    run = train.Run(config(place, tmp_path / "run", student="edsr_c8b3", init=str(tmp_path / "given.pt")))
+    c = config(place, tmp_path / "run", student="edsr_c8b3", init=str(tmp_path / "given.pt"))
     x = torch.rand(1, 3, 8, 8)
-    assert torch.allclose(run.student(x), given(x), atol=1e-6)
+    assert torch.allclose(train.Run(c).student(x), given(x), atol=1e-6)
+    run = train.train(c)
+    again = train.Run(train.dataclasses.replace(run.c, resume=True))
+    train.start(again, "")
+    assert torch.equal(again.student(x), run.student(x)) and torch.equal(again.ema(x), run.ema(x))
 
 
 def test_pictures_that_are_held_out_and_trained_on_are_said(place, capsys):
     (place / "link.png").symlink_to(place / "train" / "im1.png")
     c = train.Config(data=[f"{place}/train"], val=[f"{place}/link.png", f"{place}/val"], scale=4, patch=8)
     train.prepare_images(c)
-    assert "note: 1 held-out pictures are trained on, too (link.png, …)" in capsys.readouterr().err
+    assert "note: 1 held-out pictures are trained on, too, such as link.png" in capsys.readouterr().err
 
 
 def test_a_run_of_days_says_so_and_names_a_short_one(place, tmp_path, monkeypatch, capsys):
