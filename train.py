@@ -57,7 +57,7 @@ RECIPES = {
 METHODS = [name for name in RECIPES if " " not in name]
 FEATURE_LOSSES = {"fitnet": fitnet_loss, "at": at_loss, "fakd": fakd_loss}
 OPERATIONS = InvertibleAugmentation.OPERATIONS
-SHORT_RUN = "--steps 1000 --batch 4 --patch 24 --lr 2e-3 --schedule cosine"  # the README's first command
+SHORT_RUN = "--steps 1300 --batch 2 --patch 24 --lr 1.4e-3 --schedule cosine"  # the README's first command
 
 
 def option(default, text, **extra):
@@ -112,7 +112,7 @@ class Config:
                               choices=("zoom_in", "zoom_out", "both", "none"))
     ops: list = option(None, "operations of F (all)", choices=OPERATIONS, nargs="+")
     p: float = option(None, "probability of each operation of F", type=between(0, 1))
-    feature: str = option(None, "feature loss, summed over four taps", choices=("none", *FEATURE_LOSSES))
+    feature: str = option(None, "feature loss, summed over four feature maps", choices=("none", *FEATURE_LOSSES))
     lambda_feature: float = option(None, "weight of the feature loss (fakd 10, others 1)", type=WEIGHT)
 
     device: str = option("", "cpu, cuda, cuda:1, … (cuda where there is one)", metavar="NAME")
@@ -690,7 +690,7 @@ def print_bench(run, times, command):
 
 
 GROUPS = dict(teacher="networks and images", steps="training (paper, section 4.1)",
-              lambda_rec="losses (paper, section 3; in brackets: the recipe's, where all recipes agree)",
+              lambda_rec="losses (paper, section 3; what is not given is the recipe's)",
               device="how it runs")
 NAMES = [field.name for field in dataclasses.fields(Config)]
 LOSS_SETTINGS = NAMES[NAMES.index("lambda_rec"):NAMES.index("device")]

@@ -27,7 +27,7 @@ step() {  # teacher, flags: the time of one training step, as one line of JSON
   echo "$*: $(grep -oE '"(ms_per_step|warm_up_s|peak_memory_gib)": [^,]*' "$OUT/$name.json" | paste -sd ' ')"
 }
 
-profile() {  # the operations of three steps, the longest first
+profile() {  # the operations of three steps, the longest first. nn.PixelShuffle returns NCHW: nchwToNhwc is its price
   python - "${TINY:+--device=cpu}" <<'END'
 import sys, torch, train
 from torch.profiler import profile
