@@ -40,7 +40,7 @@ KD, DUKD, ZOOM_IN, ZOOM_OUT = "--method kd", "--method dukd", "--no-zoom-out", "
 SCRATCH, LABELS_OUT = "--method scratch", "--no-zoom-in --no-zoom-out-rec"
 MAIN = [SCRATCH, KD, ZOOM_IN, DUKD]
 TERMS = {
-    KD: "KD", DUKD: "DUKD, the equation", ZOOM_IN: "zoom-in", SCRATCH: "scratch", ZOOM_OUT: "zoom-out",
+    KD: "KD", DUKD: "DUKD", ZOOM_IN: "zoom-in", SCRATCH: "scratch", ZOOM_OUT: "zoom-out",
     "--no-zoom-out-rec": "DUKD without zoom_out_rec", "--method dukd_released": "DUKD, released weights",
     LABELS_OUT: "zoom-out without zoom_out_rec", f"{KD} --lambda-rec 5": "KD, λ_rec 5",
     f"{SCRATCH} --lambda-dukd 1 --no-zoom-in --no-zoom-out --zoom-out-rec": "zoom_out_rec alone"}
@@ -208,7 +208,7 @@ def table(study, over="KD"):
     """The lines of a study's table, in Markdown. Scores: mean ± standard deviation over the seeds.
     Differences are to the arm with the label `over`."""
     reference = next(arm for arm in LABELS if LABELS[arm] == over) + (LONG if study == "O" else "")
-    yield f"| images | arm | seeds | held out | Set5 | Set14 | B100 | B100 over {over} | to the teacher |"
+    yield f"| images | method | seeds | held out | Set5 | Set14 | B100 | B100 over {over} | to the teacher |"
     yield "|---|---|---|---|---|---|---|---|---|"
     runs = STUDIES[study]
     for n in dict.fromkeys(n for _, n, _ in runs):
