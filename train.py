@@ -135,42 +135,6 @@ class Batch:
     F_out: InvertibleAugmentation | None = None
 
 
-def draw_patches(patches, c, step, rank=0, world=1):
-    """The training pairs of a step: I_LR (N,3,h,w) and I_HR (N,3,s·h,s·w), turned at random.
-    They are a function of (seed, step): every method sees the same pairs, and any step can be resumed.
-    Each of `world` processes draws the whole batch and returns its part."""
-    seed = 1000 * (c.seed * 1_000_003 + step)
-    torch.manual_seed(seed)
-    lr, hr = patches.sample(c.batch)
-    turn = InvertibleAugmentation.sample(c.batch, ("hflip", "vflip", "transpose"), 0.5, device=lr.device)
-    lr = turn.apply(lr).chunk(world)[rank]
-    hr = turn.apply(hr).chunk(world)[rank]
-    torch.manual_seed(seed + 1 + rank)  # for what each process draws next: z, F, drop-path
-    return lr, hr
-
-
-def upcycle(lr, hr, c):
-    """The Batch of these training pairs: draws z of zoom-in and of zoom-out, and the F of each."""
-    batch = Batch(lr, hr)
-    if c.zoom_in:
-        batch.z_in = zoom_in(hr.repeat_interleave(c.crops, dim=0), c.patch)
-        if c.consistency in ("zoom_in", "both"):
-            batch.F_in = InvertibleAugmentation.sample(len(batch.z_in), c.ops, c.p, device=lr.device)
-    if c.zoom_out or c.zoom_out_rec:
-        batch.z_out = zoom_out(lr, c.scale)
-        if c.consistency in ("zoom_out", "both"):
-            batch.F_out = InvertibleAugmentation.sample(len(batch.z_out), c.ops, c.p, device=lr.device)
-    return batch
-
-
-def term_weights(c):
-    """{name: λ} of the terms of L that are on."""
-    weights = dict(rec=c.lambda_rec, kd=c.lambda_kd, zoom_in=c.zoom_in and c.lambda_dukd,
-                   zoom_out=c.zoom_out and c.lambda_dukd,
-                   zoom_out_rec=c.zoom_out_rec and c.lambda_dukd * c.lambda_rec, feature=c.lambda_feature)
-    return {name: weight for name, weight in weights.items() if weight}
-
-
 def losses(student, teacher, batch, c):
     """Each term of L times its λ, {name: scalar}; their sum is L (dukd.py has the equations).
     Only the student gets gradients."""
@@ -211,6 +175,42 @@ def losses(student, teacher, batch, c):
         terms["feature"] = sum(FEATURE_LOSSES[c.feature](s_features[s_tap][:n], t_features[t_tap][:n])
                                for s_tap, t_tap in zip(s_taps, t_taps))
     return {name: weights[name] * term for name, term in terms.items()}
+
+
+def term_weights(c):
+    """{name: λ} of the terms of L that are on."""
+    weights = dict(rec=c.lambda_rec, kd=c.lambda_kd, zoom_in=c.zoom_in and c.lambda_dukd,
+                   zoom_out=c.zoom_out and c.lambda_dukd,
+                   zoom_out_rec=c.zoom_out_rec and c.lambda_dukd * c.lambda_rec, feature=c.lambda_feature)
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def upcycle(lr, hr, c):
+    """The Batch of these training pairs: draws z of zoom-in and of zoom-out, and the F of each."""
+    batch = Batch(lr, hr)
+    if c.zoom_in:
+        batch.z_in = zoom_in(hr.repeat_interleave(c.crops, dim=0), c.patch)
+        if c.consistency in ("zoom_in", "both"):
+            batch.F_in = InvertibleAugmentation.sample(len(batch.z_in), c.ops, c.p, device=lr.device)
+    if c.zoom_out or c.zoom_out_rec:
+        batch.z_out = zoom_out(lr, c.scale)
+        if c.consistency in ("zoom_out", "both"):
+            batch.F_out = InvertibleAugmentation.sample(len(batch.z_out), c.ops, c.p, device=lr.device)
+    return batch
+
+
+def draw_patches(patches, c, step, rank=0, world=1):
+    """The training pairs of a step: I_LR (N,3,h,w) and I_HR (N,3,s·h,s·w), turned at random.
+    They are a function of (seed, step): every method sees the same pairs, and any step can be resumed.
+    Each of `world` processes draws the whole batch and returns its part."""
+    seed = 1000 * (c.seed * 1_000_003 + step)
+    torch.manual_seed(seed)
+    lr, hr = patches.sample(c.batch)
+    turn = InvertibleAugmentation.sample(c.batch, ("hflip", "vflip", "transpose"), 0.5, device=lr.device)
+    lr = turn.apply(lr).chunk(world)[rank]
+    hr = turn.apply(hr).chunk(world)[rank]
+    torch.manual_seed(seed + 1 + rank)  # for what each process draws next: z, F, drop-path
+    return lr, hr
 
 
 def forward_backward(run, lr, hr):

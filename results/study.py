@@ -31,6 +31,7 @@ RESULTS = Path(__file__).resolve().parent
 ROOT, RUNS = RESULTS.parent, Path("runs/study")
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402 (the project's)
+import evaluate  # noqa: E402
 
 FIXED = ("--teacher edsr_baseline.pt --student small --steps 4000 --batch 1 --patch 48 "
          "--lr 1e-3 --schedule cosine")
@@ -71,13 +72,13 @@ def folder(arm, n, seed):
 def prepare(place):
     """Puts the held-out images and the reduced ones into RUNS. Returns the other small photographs."""
     if not (place / "train").is_dir() or not (place / "highres").is_dir():
-        raise SystemExit(f"error: {place} has no train/ or no highres/; --data names the folder that has them")
+        raise data.DataError(f"{place} has no train/ or no highres/: --data names the folder that has them")
     held_names = json.loads((RESULTS / "edsr_baseline.json").read_text())["training"]["held_out"]
     images = sorted((place / "train").iterdir())
     held = [path for path in images if path.stem in held_names]
     pool = [path for path in images if path not in held]
     if (len(held), len(pool)) != (16, ALL):
-        raise SystemExit(f"error: {place}/train has {len(held)} of 16 held-out images and {len(pool)} others")
+        raise data.DataError(f"{place}/train has {len(held)} of 16 held-out images and {len(pool)} others")
     copy(held, RUNS / "held")
     (RUNS / "reduced").mkdir(exist_ok=True)
     for path in sorted((place / "highres").iterdir()):
@@ -240,7 +241,7 @@ def plot():
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("error: --plot needs matplotlib: pip install matplotlib") from None
+        raise data.DataError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
@@ -261,7 +262,7 @@ def plot():
 
 def main():
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = evaluate.Parser(description=__doc__, formatter_class=layout)
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=" ".join(STUDIES))
     parser.add_argument("--data", type=Path, default=Path(), metavar="DIR", help="[.]")
     parser.add_argument("--seeds", type=int, default=9, metavar="N", help="only seeds below N")
@@ -287,4 +288,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with evaluate.command_line():
+        main()

@@ -172,6 +172,14 @@ def test_wrong_words_for_evaluate(place, monkeypatch, capfd, words, named):
     assert named in refused(evaluate.main, words, place, monkeypatch, capfd)
 
 
+@pytest.mark.parametrize("words, named", [
+    ("", "name studies"), ("Z", "name studies"), ("L --data .", "has no train/ or no highres/")])
+def test_wrong_words_for_the_studies(tmp_path, words, named):
+    done = subprocess.run([sys.executable, ROOT / "results/study.py", *words.split()], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
 def test_ctrl_c_during_the_imports_prints_nothing(tmp_path, program):
     """In place of torch, a module that has the signal sent when it is imported."""
