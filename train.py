@@ -387,8 +387,11 @@ class Run:
 
     def score(self, make, label):
         """Mean PSNR on Y over the held-out pictures of what `make` makes of their LR, in float32."""
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # no search for each picture's size
-            return evaluate.mean_psnr(make, self.held, self.c.scale, label)
+        cudnn = torch.backends.cudnn
+        searches, cudnn.benchmark = cudnn.benchmark, False  # it would search anew for each picture's size
+        psnr = evaluate.mean_psnr(make, self.held, self.c.scale, label)
+        cudnn.benchmark = searches
+        return psnr
 
     def write_row(self, means, validated):
         """Adds a row to log.csv: the mean terms since the row before, and the held-out PSNR if it is new."""
