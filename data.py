@@ -147,7 +147,7 @@ def read_pair(path, lr_path, scale, least=1):
     h, w = hr.shape[0] // scale, hr.shape[1] // scale
     size = f"{path} is {hr.shape[1]}x{hr.shape[0]}"
     if min(h, w) < least:
-        raise DataError(f"{size}, too small: its LR is {w}x{h}, but needs {least}x{least} (training: --patch)")
+        raise DataError(f"{size}, too small: its LR is {w}x{h}, not {least}x{least} (training: --patch)")
     if lr_path is None:
         return pair(hr, scale)
     lr = read_image(lr_path)

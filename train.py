@@ -112,7 +112,7 @@ class Config:
                               choices=("zoom_in", "zoom_out", "both", "none"))
     ops: list = option(None, "operations of F (all)", choices=OPERATIONS, nargs="+")
     p: float = option(None, "probability of each operation of F", type=between(0, 1))
-    feature: str = option(None, "feature loss, summed over four feature maps", choices=("none", *FEATURE_LOSSES))
+    feature: str = option(None, "feature loss, of four feature maps", choices=("none", *FEATURE_LOSSES))
     lambda_feature: float = option(None, "weight of the feature loss (fakd 10, others 1)", type=WEIGHT)
 
     device: str = option("", "cpu, cuda, cuda:1, … (cuda where there is one)", metavar="NAME")
@@ -251,20 +251,21 @@ def train(c, command=""):
     bar = tqdm(total=last, initial=first, disable=run.rank > 0, ncols=80, mininterval=0.5,
                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
     with caught_signals() as signals, bar:
-        while run.step < last:
-            lr, hr = draw_patches(run.patches, c, run.step, run.rank, run.world)
+        while run.step < last and not (run.step % run.log_every == 0 and any_process_has(signals, run)):
+            lr, hr = draw_patches(run.patches, c, run.step, run.rank, run.world)  # (N,3,h,w), (N,3,s·h,s·w)
             window.append(run.forward_backward(lr, hr))  # (k,)
             if run.world > 1:
                 gradients = [w.grad for w in run.weights if w.grad is not None]
                 average_over_processes([window[-1], *gradients], run.world)
             run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, c)
             run.optimizer.step()
-            decay = min(c.ema, (1 + run.step) / (10 + run.step))  # lower at first: they start at random
+            decay = min(c.ema, (1 + run.step) / (10 + run.step))  # low at first: random weights fade
             with torch.no_grad():
                 torch._foreach_lerp_(run.averaged, run.weights, 1 - decay)
             run.step += 1
             bar.update()
 
+            # every so often: a row of the log, a validation, a checkpoint
             validating = not c.bench and (run.step % run.val_every == 0 or run.step == last)
             if run.step % run.log_every and not validating:
                 continue
@@ -284,11 +285,9 @@ def train(c, command=""):
                 bar.set_postfix_str(f"loss {means[-1]:.4f}, {psnr} dB (bicubic {run.bicubic:.2f})", False)
             if run.step == first + 20:
                 warn_of_a_long_run(run, times)
-            if run.step % run.log_every == 0 and any_process_has(signals, run):
-                break
-    if c.bench:
+    if c.bench and not signals:
         print_bench(run, times, command)
-    elif run.rank == 0:
+    elif run.rank == 0 and not c.bench:
         finish(run)
     if run.world > 1:
         dist.destroy_process_group()

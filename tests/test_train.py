@@ -129,7 +129,8 @@ def test_terms_are_the_papers_equations(feature, student):
     (dict(zoom_out=False), dict(rec=1, kd=1, zoom_in=1)),
     (dict(zoom_out_rec=False, lambda_kd=0.0), dict(rec=1, zoom_in=1, zoom_out=1)),
     (dict(method="dukd_released"), dict(rec=5, kd=1, zoom_in=0.5, zoom_out=0.5, zoom_out_rec=2.5)),
-    (dict(method="dukd_released", teacher="swinir_c12s6", student="swinir_c12s6"), dict(rec=5, kd=1, zoom_in=0.5))])
+    (dict(method="dukd_released", teacher="swinir_c12s6", student="swinir_c12s6"),
+     dict(rec=5, kd=1, zoom_in=0.5))])
 def test_terms_of_each_combination_and_what_they_ask_of_the_teacher(settings, expected):
     """The student gets gradient from each. The teacher, not frozen here, gets none, and sees z without F."""
     student, teacher, c = networks(**settings)
@@ -172,7 +173,8 @@ def test_a_batch_is_a_function_of_seed_and_step_and_every_method_sees_the_same_p
     for method in train.METHODS:
         other = draw(step=5, seed=3, method=method)
         assert torch.equal(batch.lr, other.lr) and torch.equal(batch.hr, other.hr)
-    assert not torch.equal(batch.lr, draw(step=6, seed=3).lr) and not torch.equal(batch.lr, draw(step=5, seed=4).lr)
+    assert not torch.equal(batch.lr, draw(step=6, seed=3).lr)
+    assert not torch.equal(batch.lr, draw(step=5, seed=4).lr)
 
 
 def test_the_patches_of_a_pair_are_turned_together_in_all_eight_ways():
@@ -394,7 +396,8 @@ def test_bench_writes_nothing_and_a_run_takes_the_next_free_name(place, tmp_path
     train.train(config(place, "", bench=3))
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and json.loads(line)["ms_per_step"] > 0 and not any(tmp_path.iterdir())
-    first, second = (train.train(config(place, "", steps=1, lambda_rec=2.0, zoom_out=False)) for _ in range(2))
+    c = config(place, "", steps=1, lambda_rec=2.0, zoom_out=False)
+    first, second = train.train(c), train.train(c)
     assert first.out == Path("runs/dukd_lambda-rec-2.0_no-zoom-out_edsr_c4b3_x4_s0")
     assert second.out == Path(f"{first.out}_2")
     assert "dukd --lambda-rec 2.0 --no-zoom-out (seed 0): L = 2·rec" in capsys.readouterr().out
@@ -555,7 +558,8 @@ def test_pictures_compile_nothing(place, tmp_path, monkeypatch):
     def backend(graph, inputs):
         compiled.append(finished)
         return graph.forward
-    monkeypatch.setattr(torch, "compile", lambda forward, **settings: original(forward, backend=backend, **settings))
+    compile_by = lambda forward, **settings: original(forward, backend=backend, **settings)
+    monkeypatch.setattr(torch, "compile", compile_by)
     finish, finished = train.finish, False
 
     def finishing(run):
@@ -599,7 +603,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @pytest.mark.parametrize("family", STUDENTS)
 def test_on_a_gpu_the_recorded_step_gives_the_plain_one(place, tmp_path, family, precision):
     """Also after a validation, which computes other sizes between two replays."""
-    c = config(place, tmp_path / "run", family, device="cuda", precision=precision, consistency="both", crops=2)
+    c = config(place, tmp_path / "run", family, device="cuda", precision=precision, crops=2)
     plain, recorded = train.Run(c), train.Run(c)
     train.accelerate(recorded)
     assert recorded.forward_backward.graph
