@@ -33,20 +33,22 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402 (the project's)
 import evaluate  # noqa: E402
 
-FIXED = ("--teacher edsr_baseline.pt --student small --steps 4000 --batch 1 --patch 48 "
-         "--lr 1e-3 --schedule cosine")
+FIXED = ("--teacher edsr_baseline.pt --student small --steps 600 --batch 4 --patch 48 "
+         "--lr 5e-4 --schedule cosine")
 
 # An arm is the flags that follow FIXED. Where both name a flag, the arm's counts.
+# START makes the student that the other arms of its seed and images go on from.
+START = "--method scratch --steps 4000 --patch 24 --lr 1e-3"
 KD, DUKD, ZOOM_IN, ZOOM_OUT = "--method kd", "--method dukd", "--no-zoom-out", "--no-zoom-in"
 SCRATCH, LABELS_OUT = "--method scratch", "--no-zoom-in --no-zoom-out-rec"
-MAIN = [SCRATCH, KD, ZOOM_IN, DUKD]
+MAIN = [START, SCRATCH, KD, ZOOM_IN, DUKD]
 TERMS = {
-    KD: "KD", DUKD: "DUKD", ZOOM_IN: "zoom-in", SCRATCH: "scratch", ZOOM_OUT: "zoom-out",
+    START: "the start", KD: "KD", DUKD: "DUKD", ZOOM_IN: "zoom-in", SCRATCH: "scratch", ZOOM_OUT: "zoom-out",
     "--no-zoom-out-rec": "DUKD without zoom_out_rec", "--method dukd_released": "DUKD, released weights",
     LABELS_OUT: "zoom-out without zoom_out_rec", f"{KD} --lambda-rec 5": "KD, λ_rec 5",
     f"{SCRATCH} --lambda-dukd 1 --no-zoom-in --no-zoom-out --zoom-out-rec": "zoom_out_rec alone"}
-LONG = " --steps 20000"
-LABELS = TERMS | {arm + LONG: f"{TERMS[arm]}, 20,000 steps" for arm in (KD, ZOOM_IN, DUKD)}
+LONG = " --steps 6000"
+LABELS = TERMS | {arm + LONG: f"{TERMS[arm]}, 6,000 steps" for arm in (KD, ZOOM_IN, DUKD)}
 
 # The training images: so many small photographs, or all large ones, as they are or reduced to a quarter.
 ALL, LARGE, REDUCED = 881, "2K", "2K reduced"
@@ -116,6 +118,8 @@ def train_and_score(arm, n, seed, images, place):
     """One run: its record for the JSON."""
     out = folder(arm, n, seed)
     words = shlex.split(f"{FIXED} {arm} --seed {seed} --val {RUNS}/held --cache {RUNS}/cache --out {out}")
+    if arm != START:
+        words += ["--init", str(folder(START, n, seed) / "best.pt")]
     words += ["--data", str(images)]
     resumed, began = (out / "config.json").exists(), time.time()
     call(f"{out}.log", "train.py", *(["--resume", "--out", out] if resumed else words))
@@ -159,25 +163,33 @@ def records():
 
 
 def run(study, place, seeds, jobs):
-    """Makes the runs of a study that have no record yet, `jobs` at a time."""
-    file, pool = RESULTS / f"study_{study}.json", prepare(place)
+    """Makes the runs of a study that have no record yet, `jobs` at a time. The starts are made first."""
+    pool = prepare(place)
     missing = [one for one in STUDIES[study] if one not in records() and one[2] < seeds]
+    needed = dict.fromkeys((START, n, seed) for _, n, seed in missing)
+    starts = [one for one in needed if one not in records() or not (folder(*one) / "best.pt").exists()]
     print(f"{study}: {len(missing)} runs to make", flush=True)
-    executor = concurrent.futures.ThreadPoolExecutor(jobs)
-    tasks = [executor.submit(train_and_score, arm, n, seed, training_images(n, seed, pool, place), place)
-             for arm, n, seed in missing]
-    try:
-        for task in concurrent.futures.as_completed(tasks):
-            record = task.result()
-            earlier = json.loads(file.read_text()) if file.exists() else []
-            file.write_text(json.dumps([*earlier, record], indent=1))
-            records.cache_clear()
-            print(f"{record['arm']}, n = {record['n']}, seed {record['seed']}: held out "
-                  f"{record['best']['held_out']:.2f}, B100 {record['best']['B100']['psnr']:.3f}", flush=True)
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on") from None
-    finally:
-        executor.shutdown(cancel_futures=True)  # after a signal or an error no further run begins
+    for part in (starts, [one for one in missing if one[0] != START]):
+        executor = concurrent.futures.ThreadPoolExecutor(jobs)
+        tasks = [executor.submit(train_and_score, arm, n, seed, training_images(n, seed, pool, place), place)
+                 for arm, n, seed in part]
+        try:
+            for task in concurrent.futures.as_completed(tasks):
+                write_down(task.result(), RESULTS / f"study_{study}.json")
+        except KeyboardInterrupt:
+            raise SystemExit("stopped; the same command goes on") from None
+        finally:
+            executor.shutdown(cancel_futures=True)  # after a signal or an error no further run begins
+
+
+def write_down(record, file):
+    """Adds the record of a run to a study's JSON, in the place of an earlier one of the same run."""
+    earlier = json.loads(file.read_text()) if file.exists() else []
+    others = [r for r in earlier if any(r[key] != record[key] for key in ("arm", "n", "seed"))]
+    file.write_text(json.dumps([*others, record], indent=1))
+    records.cache_clear()
+    print(f"{record['arm']}, n = {record['n']}, seed {record['seed']}: held out "
+          f"{record['best']['held_out']:.2f}, B100 {record['best']['B100']['psnr']:.3f}", flush=True)
 
 
 def psnrs(arm, n, when, where):
