@@ -248,8 +248,13 @@ def runs_table(folders):
                    f"{config['steps']} | {max(scores):.2f}, {scores[-1]:.2f} |")
 
 
+# What --plot shows: training images, their name, where they stand beside an arm, the marker.
+SETS = [(8, "8 photographs of 0.1 megapixels", 0.22, "D"), (ALL, "881 of them", 0, "o"),
+        (LARGE, "50 photographs of 2.8 megapixels", -0.22, "s")]
+
+
 def plot():
-    """results/terms.png: what each arm of study L gains over KD on B100, a dot a seed."""
+    """results/terms.png: what each arm gains over KD on B100, a dot a seed."""
     try:
         import matplotlib
     except ImportError:
@@ -257,9 +262,8 @@ def plot():
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-    arms = [arm for arm in reversed(TERMS) if arm != KD]
-    sets = {ALL: "881 photographs of 0.1 megapixels", LARGE: "50 photographs of 2.8 megapixels"}
-    for (n, label), shift, marker in zip(sets.items(), (0.13, -0.13), "os"):
+    arms = [arm for arm in reversed(TERMS) if arm not in (START, KD)]
+    for n, label, shift, marker in SETS:
         reference = psnrs(KD, n, "best", "B100")
         points = [(psnr - reference[seed], i + shift) for i, arm in enumerate(arms)
                   for seed, psnr in psnrs(arm, n, "best", "B100").items() if seed in reference]
