@@ -4,7 +4,7 @@
     python results/study.py L M --report      prints the tables of the runs that are there
     python results/study.py L --report --over zoom-in    compares with another arm than KD
     python results/study.py --runs runs/*     a line of Markdown for each run folder of yours
-    python results/study.py --plot            draws results/terms.png from study L (needs matplotlib)
+    python results/study.py --plot            draws results/terms.png from studies L, N (needs matplotlib)
 
 A run that has its record in results/study_*.json is skipped. A run that was stopped goes on.
 """
@@ -43,10 +43,11 @@ KD, DUKD, ZOOM_IN, ZOOM_OUT = "--method kd", "--method dukd", "--no-zoom-out", "
 SCRATCH, LABELS_OUT = "--method scratch", "--no-zoom-in --no-zoom-out-rec"
 MAIN = [START, SCRATCH, KD, ZOOM_IN, DUKD]
 TERMS = {
-    START: "the start", KD: "KD", DUKD: "DUKD", ZOOM_IN: "zoom-in", SCRATCH: "scratch", ZOOM_OUT: "zoom-out",
-    "--no-zoom-out-rec": "DUKD without zoom_out_rec", "--method dukd_released": "DUKD, released weights",
-    LABELS_OUT: "zoom-out without zoom_out_rec", f"{KD} --lambda-rec 5": "KD, λ_rec 5",
-    f"{SCRATCH} --lambda-dukd 1 --no-zoom-in --no-zoom-out --zoom-out-rec": "zoom_out_rec alone"}
+    START: "the start", KD: "KD", SCRATCH: "scratch",
+    f"{SCRATCH} --lambda-dukd 1 --no-zoom-in --no-zoom-out --zoom-out-rec": "zoom_out_rec alone",
+    f"{KD} --lambda-rec 5": "KD, λ_rec 5", ZOOM_IN: "zoom-in", ZOOM_OUT: "zoom-out",
+    LABELS_OUT: "zoom-out without zoom_out_rec", DUKD: "DUKD",
+    "--no-zoom-out-rec": "DUKD without zoom_out_rec", "--method dukd_released": "DUKD, released weights"}
 LONG = " --steps 6000"
 LABELS = TERMS | {arm + LONG: f"{TERMS[arm]}, 6,000 steps" for arm in (KD, ZOOM_IN, DUKD)}
 
@@ -248,9 +249,10 @@ def runs_table(folders):
                    f"{config['steps']} | {max(scores):.2f}, {scores[-1]:.2f} |")
 
 
-# What --plot shows: training images, their name, where they stand beside an arm, the marker.
-SETS = [(8, "8 photographs of 0.1 megapixels", 0.22, "D"), (ALL, "881 of them", 0, "o"),
-        (LARGE, "50 photographs of 2.8 megapixels", -0.22, "s")]
+# The panels of --plot: training images, their name, where they stand beside an arm, the marker.
+PANELS = [[(ALL, "881 photographs of 0.1 megapixels", 0.1, "o"),
+           (LARGE, "50 photographs of 2.8 megapixels", -0.1, "s")],
+          [(8, "8 photographs of 0.1 megapixels", 0, "D")]]
 
 
 def plot():
@@ -261,19 +263,21 @@ def plot():
         raise data.DataError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     arms = [arm for arm in reversed(TERMS) if arm not in (START, KD)]
-    for n, label, shift, marker in SETS:
-        reference = psnrs(KD, n, "best", "B100")
-        points = [(psnr - reference[seed], i + shift) for i, arm in enumerate(arms)
-                  for seed, psnr in psnrs(arm, n, "best", "B100").items() if seed in reference]
-        axes.plot(*zip(*points), marker, label=label, markersize=5)
-    axes.axvline(0, color="gray", linewidth=1)
-    axes.set(yticks=range(len(arms)), yticklabels=[TERMS[arm] for arm in arms],
-             xlabel="PSNR on B100 over KD, dB (a dot is a seed)")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend()
-    figure.savefig(RESULTS / "terms.png", dpi=150)
+    for axes, sets in zip(panels, PANELS):
+        for n, label, shift, marker in sets:
+            reference = psnrs(KD, n, "best", "B100")
+            points = [(psnr - reference[seed], i + shift) for i, arm in enumerate(arms)
+                      for seed, psnr in psnrs(arm, n, "best", "B100").items() if seed in reference]
+            axes.plot(*zip(*points), marker, label=label, markersize=5)
+        axes.axvline(0, color="gray", linewidth=1)
+        axes.set(yticks=range(len(arms)), yticklabels=[TERMS[arm] for arm in arms],
+                 xlabel="B100: PSNR over KD, dB (a dot is a seed)")
+        axes.locator_params("x", nbins=5)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
+    figure.savefig(RESULTS / "terms.png", dpi=130)
 
 
 def main():
