@@ -48,8 +48,8 @@ TERMS = {
     f"{KD} --lambda-rec 5": "KD, λ_rec 5", ZOOM_IN: "zoom-in", ZOOM_OUT: "zoom-out",
     LABELS_OUT: "zoom-out without zoom_out_rec", DUKD: "DUKD",
     "--no-zoom-out-rec": "DUKD without zoom_out_rec", "--method dukd_released": "DUKD, released weights"}
-LONG = " --steps 6000"
-LABELS = TERMS | {arm + LONG: f"{TERMS[arm]}, 6,000 steps" for arm in (KD, ZOOM_IN, DUKD)}
+LONG = " --steps 3000"
+LABELS = TERMS | {arm + LONG: f"{TERMS[arm]}, 3,000 steps" for arm in (KD, ZOOM_IN, DUKD)}
 
 # The training images: so many small photographs, or all large ones, as they are or reduced to a quarter.
 ALL, LARGE, REDUCED = 881, "2K", "2K reduced"
