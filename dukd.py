@@ -6,15 +6,15 @@ are made out of them. No ground truth is needed for a new input, since the teach
     (1)  L      = L_rec + λ_kd·L_kd + λ_dukd·L_dukd
     (2)  L_rec  = |f_S(I_LR) − I_HR|                    learn the ground truth
     (3)  L_kd   = |f_S(I_LR) − f_T(I_LR)|               learn the teacher's answer
-    (4)  L_dukd = Σ |F⁻¹(f_S(F(z))) − f_T(z)|           the same for each new input z:
+    (4)  L_dukd = Σ |F⁻¹(f_S(F(z))) − f_T(z)|           learn the teacher's label of each new input z:
              zoom in    z = a random crop of I_HR, of the LR patch's size
              zoom out   z = I_LR, bicubically reduced by s again
     (5)         + |f_S(z) − I_LR|                       for z of zoom-out: its ground truth is I_LR
 
 F is an invertible augmentation: it flips, transposes, inverts colours. The student sees F(z), the teacher z.
-F⁻¹ undoes F on the student's output. So the student must give the same label however z is turned.
+F⁻¹ undoes F on the student's output. So the student must give the same answer whatever F does to z.
 (5) is in the paper's text, not in its equation. The released code weighs (2) and (5) with a λ_rec, 5 for
-EDSR. It steps twice on (2) and (3), so that (4) and (5) have half that share. It applies F to zoom-in only.
+EDSR, and counts (2) and (3) twice. It applies F to zoom-in only, as train.py does by default.
 
 Shapes: N samples, C = 3 colours, h×w the LR patch, s the scale. Pictures are floats in [0,1]. |·| is the mean
 absolute error. The numbers are this file's. The file needs torch only: copy it, or one function of it.
@@ -28,8 +28,8 @@ import torch.nn.functional as nnf
 
 def zoom_in(hr, size, generator=None):
     """z of zoom-in (4): one crop of the LR patch's size at a random place of each HR patch.
-    It may serve as an LR input, because it is a photograph of h×w pixels like every LR patch. Only its ground
-    truth, s times as fine, was never taken: the teacher's label stands in for it.
+    It is a piece of a photograph of h×w pixels, as every LR patch is. Its ground truth would be s times as
+    fine, and does not exist: the teacher's label stands in for it.
     hr: I_HR (N,C,H,W). size: h, or (h, w). generator: on hr's device. Returns z (N,C,h,w), a copy.
     Every position is equally likely. ValueError where the crop is larger than the patch."""
     n, _, H, W = hr.shape
@@ -46,7 +46,7 @@ def zoom_in(hr, size, generator=None):
 
 def zoom_out(lr, scale):
     """z of zoom-out (4): the LR patches reduced by s once more, with MATLAB's bicubic.
-    lr: I_LR (N,C,h,w). Returns z (N,C,h/s,w/s), whose ground truth is I_LR (5).
+    lr: I_LR (N,C,h,w). Returns z (N,C,h/s,w/s), neither rounded nor clipped. Its ground truth is I_LR (5).
     ValueError where h or w is no multiple of s, since f_S(z) would not cover I_LR then."""
     h, w = lr.shape[-2:]
     if h % scale or w % scale:
@@ -120,7 +120,7 @@ class InvertibleAugmentation:
         return cls(ops, torch.rand(len(ops), n, generator=generator, device=device) < p)
 
     def apply(self, x):
-        """F(x): x (n,C,h,w) in [0,1] to the same shape and range."""
+        """F(x): x (n,C,h,w) in [0,1] to the same shape and range. ValueError for a transposition of h ≠ w."""
         for op, mask in zip(self.ops, self.masks):
             x = self._where(mask, op, x)
         return x
@@ -139,10 +139,10 @@ class InvertibleAugmentation:
             changed = x.flip(-2)
         elif op == "invert":
             changed = 1 - x
-        elif x.shape[-1] == x.shape[-2]:
+        else:  # transpose
+            if x.shape[-1] != x.shape[-2]:
+                raise ValueError(f"transpose needs square patches, not {x.shape[-2]}x{x.shape[-1]}")
             changed = x.transpose(-1, -2)
-        else:
-            raise ValueError(f"transpose needs square patches, not {x.shape[-2]}x{x.shape[-1]}")
         return torch.where(mask.view(-1, 1, 1, 1).to(x.device), changed, x)
 
 
@@ -150,13 +150,14 @@ def dukd_loss(student_z, teacher_z, augmentation=None):
     """A new input's part of L_dukd (4): |F⁻¹(f_S(F(z))) − f_T(z)|, a scalar.
     student_z: f_S(F(z)) (N,C,s·h,s·w), carries the gradient. teacher_z: f_T(z), of z before F, carries none.
     augmentation: the F that z passed through, or None."""
-    label = student_z if augmentation is None else augmentation.invert(student_z)
-    return nnf.l1_loss(label, teacher_z.detach())
+    answer = student_z if augmentation is None else augmentation.invert(student_z)
+    return nnf.l1_loss(answer, teacher_z.detach())
 
 
 def upcycling_loss(student, teacher, lr, hr, p=0.3, generator=None):
     """All of L_dukd, (4) with (5), of a batch of training pairs: a scalar to add to a loss of your own.
-    student, teacher: f_S and f_T, (N,3,h,w) → (N,3,s·h,s·w), both for [0,1]. Only f_S gets gradients.
+    student, teacher: f_S and f_T, (N,3,h,w) → (N,3,s·h,s·w), both for [0,1]. Only f_S gets gradients. Put f_T
+    into eval mode. train.py's `losses` has the same terms, and shares forwards between them.
     lr: I_LR (N,3,h,w), h and w multiples of s. hr: I_HR (N,3,s·h,s·w). F is drawn with probability p, for
     zoom-in; patches that are not square are not transposed. generator: on lr's device."""
     z_in = zoom_in(hr, lr.shape[-2:], generator)
@@ -173,7 +174,8 @@ def upcycling_loss(student, teacher, lr, hr, p=0.3, generator=None):
 # The feature losses take the student's feature map (N,c_S,h,w) and the teacher's (N,c_T,h,w). The widths may
 # differ. The student's map carries the gradient, the teacher's carries none.
 def fitnet_loss(student, teacher):
-    """FitNet (Romero et al., ICLR 2015): |g_S − g_T| of the channel means g (N,h,w)."""
+    """After FitNet (Romero et al., ICLR 2015): |g_S − g_T| of the channel means g (N,h,w). The original
+    compares through a learned layer; means need none, of whatever widths."""
     return nnf.l1_loss(student.float().mean(1), teacher.detach().float().mean(1))
 
 

@@ -38,11 +38,12 @@ from dukd import (InvertibleAugmentation, at_loss, dukd_loss, fakd_loss, fitnet_
                   zoom_in, zoom_out)
 
 # What --method stands for. A row may be for one family of teachers, or for one scale of it: the longest name
-# that fits counts. Every flag overrides its entry, so the terms of several methods combine.
+# that fits counts. Every flag overrides its entry, so the terms of several methods combine. What stands right
+# of a λ_dukd of 0 counts only with --lambda-dukd, but for feature.
 ENTRIES = ("lambda_rec", "lambda_kd", "lambda_dukd", "zoom_out", "zoom_out_rec", "crops", "p", "feature")
 RECIPES = {
     #                        λ_rec λ_kd λ_dukd zoom_out zoom_out_rec crops p    feature
-    "dukd":                  (1.0, 1.0, 1.0,   True,    True,        1,    0.3, "none"),  # the paper's (1)
+    "dukd":                  (1.0, 1.0, 1.0,   True,    True,        1,    0.3, "none"),  # of dukd.py
     "dukd_released":         (5.0, 1.0, 0.5,   False,   False,       1,    0.3, "none"),  # SwinIR, and others
     "dukd_released edsr":    (5.0, 1.0, 0.5,   True,    True,        1,    0.3, "none"),
     "dukd_released edsr x2": (5.0, 1.0, 0.5,   True,    True,        2,    0.3, "none"),
@@ -57,7 +58,7 @@ RECIPES = {
 METHODS = [name for name in RECIPES if " " not in name]
 FEATURE_LOSSES = {"fitnet": fitnet_loss, "at": at_loss, "fakd": fakd_loss}
 OPERATIONS = InvertibleAugmentation.OPERATIONS
-SHORT_RUN = "--steps 1300 --batch 2 --patch 24 --lr 1.4e-3 --schedule cosine"  # the README's first command
+SHORT_RUN = "--no-zoom-out --steps 1300 --batch 2 --patch 24 --lr 1.4e-3 --schedule cosine"  # the README's
 
 
 def option(default, text, **extra):
@@ -81,7 +82,7 @@ DIRS = dict(nargs="+", metavar="DIR")
 
 @dataclasses.dataclass
 class Config:
-    """Everything that a run depends on. None stands for the recipe's value: see `complete`."""
+    """Everything that a run depends on. None: the recipe, the teacher or the device decides."""
     teacher: str = option("", "checkpoint of the frozen teacher f_T, of any known format", metavar="FILE")
     student: str = option("small", f"the student f_S: small (the paper's), {models.NAMES_HELP}")
     method: str = option("dukd", "the recipe: the defaults of the losses", choices=METHODS)
@@ -106,7 +107,7 @@ class Config:
     lambda_dukd: float = option(None, "λ_dukd, of the zoom-in and zoom-out terms", type=WEIGHT)
     zoom_in: bool = option(None, "learn labels of HR crops (on); without it F is off, too", action=SWITCH)
     zoom_out: bool = option(None, "learn labels of reduced LR patches", action=SWITCH)
-    zoom_out_rec: bool = option(None, "learn I_LR from reduced LR patches, times λ_rec", action=SWITCH)
+    zoom_out_rec: bool = option(None, "learn I_LR from reduced LR patches, times λ_dukd·λ_rec", action=SWITCH)
     crops: int = option(None, "zoom-in crops of each HR patch", type=between(1, 1024, int))
     consistency: str = option(None, "what passes through F (zoom_in)",
                               choices=("zoom_in", "zoom_out", "both", "none"))
@@ -155,8 +156,9 @@ def losses(student, teacher, batch, c):
     t_taps = teacher.taps if "feature" in weights else ()
     s_taps = student.taps if "feature" in weights else ()
     with torch.autocast(batch.lr.device.type, torch.bfloat16, enabled=c.precision == "bfloat16"):
-        with torch.no_grad(), tapped(teacher, t_taps) as t_features:
-            t = together(teacher, to_teacher)  # the labels, {name: (·,3,·,·)}
+        if to_teacher:
+            with torch.no_grad(), tapped(teacher, t_taps) as t_features:
+                t = together(teacher, to_teacher)  # the labels, {name: (·,3,·,·)}
         with tapped(student, s_taps) as s_features:
             s = together(student, to_student)
 
@@ -169,9 +171,9 @@ def losses(student, teacher, batch, c):
     if "zoom_out" in weights:
         terms["zoom_out"] = dukd_loss(s["z_out"], t["z_out"], F_out)
     if "zoom_out_rec" in weights:
-        terms["zoom_out_rec"] = dukd_loss(s["z_out"], batch.lr, F_out)
+        terms["zoom_out_rec"] = dukd_loss(s["z_out"], batch.lr, F_out)  # I_LR is z's ground truth
     if "feature" in weights:
-        n = len(batch.lr)  # I_LR comes first in the first forward. F has moved the features of z.
+        n = len(batch.lr)  # I_LR is the first in its forward. F moves the features of z.
         terms["feature"] = sum(FEATURE_LOSSES[c.feature](s_features[s_tap][:n], t_features[t_tap][:n])
                                for s_tap, t_tap in zip(s_taps, t_taps))
     return {name: weights[name] * term for name, term in terms.items()}
@@ -203,7 +205,7 @@ def draw_patches(patches, c, step, rank=0, world=1):
     """The training pairs of a step: I_LR (N,3,h,w) and I_HR (N,3,s·h,s·w), turned at random.
     They are a function of (seed, step): every method sees the same pairs, and any step can be resumed.
     Each of `world` processes draws the whole batch and returns its part."""
-    seed = 1000 * (c.seed * 1_000_003 + step)
+    seed = 1000 * (c.seed * 1_000_003 + step)  # room for 1,000 processes, and for a million steps
     torch.manual_seed(seed)
     lr, hr = patches.sample(c.batch)
     turn = InvertibleAugmentation.sample(c.batch, ("hflip", "vflip", "transpose"), 0.5, device=lr.device)
@@ -247,11 +249,14 @@ def train(c, command=""):
         start(run, command)
     accelerate(run)
     first = run.step
-    window, times = [], [time.perf_counter()]  # terms of the steps since the last look at them; when it was
+    window = []  # the terms of each step since the last look at them
+    times = [time.perf_counter()]  # of these looks
     bar = tqdm(total=last, initial=first, disable=run.rank > 0, ncols=80, mininterval=0.5,
                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
     with caught_signals() as signals, bar:
-        while run.step < last and not (run.step % run.log_every == 0 and any_process_has(signals, run)):
+        while run.step < last:
+            if run.step % run.log_every == 0 and any_process_has(signals, run):
+                break
             lr, hr = draw_patches(run.patches, c, run.step, run.rank, run.world)  # (N,3,h,w), (N,3,s·h,s·w)
             window.append(run.forward_backward(lr, hr))  # (k,)
             if run.world > 1:
@@ -283,8 +288,8 @@ def train(c, command=""):
                     run.save()
                 psnr = "?" if math.isnan(run.psnr) else f"{run.psnr:.2f}"
                 bar.set_postfix_str(f"loss {means[-1]:.4f}, {psnr} dB (bicubic {run.bicubic:.2f})", False)
-            if run.step == first + 20:
-                warn_of_a_long_run(run, times)
+                if run.step == first + 20:
+                    warn_of_a_long_run(run, times)
     if c.bench and not signals:
         print_bench(run, times, command)
     elif run.rank == 0 and not c.bench:
@@ -305,9 +310,11 @@ def caught_signals():
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield caught
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def any_process_has(signals, run):
@@ -355,10 +362,13 @@ class Run:
         self.weights, self.averaged = list(self.student.parameters()), list(self.ema.parameters())
         self.optimizer = torch.optim.Adam(self.weights, betas=(0.9, 0.99), fused=True)
         self.forward_backward = lambda lr, hr: forward_backward(self, lr, hr)
-        self.step, self.psnr, self.best, self.bicubic, self.log_bytes = 0, math.nan, -math.inf, math.nan, 0
+        self.step, self.log_bytes = 0, 0
+        self.psnr, self.best, self.bicubic = math.nan, -math.inf, math.nan  # held-out
         self.val_every = c.val_every or max(1, min(c.steps // 10, 5000))
         self.log_every = 10 if self.device.type == "cuda" else 1  # a look at the terms makes a GPU wait
-        self.last_step = self.log_every * (WARM_UP + -(-c.bench // self.log_every)) if c.bench else c.steps
+        self.last_step = c.steps
+        if c.bench:
+            self.last_step = self.log_every * (WARM_UP + math.ceil(c.bench / self.log_every))
 
     def state(self):
         """What last.ckpt holds: all that `restore` needs."""
@@ -496,7 +506,9 @@ def complete(c, teacher):
         (upcycles and c.consistency != "none", ["ops", "p"], "--consistency and zoom-in or zoom-out"),
         (c.feature != "none", ["lambda_feature"], "--feature"),
     ]:
-        for name in names if not used else []:
+        if used:
+            continue
+        for name in names:
             if given.get(name):
                 raise ConfigError(f"{flag(name)} would have no effect: it needs {needs}")
             setattr(c, name, None)
@@ -541,10 +553,10 @@ def free_name(c, changes):
 
 def check(c, teacher, world):
     """ConfigError for settings that do not fit together."""
-    terms, zooms_out = term_weights(c), c.zoom_out or c.zoom_out_rec
+    weights, zooms_out = term_weights(c), c.zoom_out or c.zoom_out_rec
     for wrong, message in [
-        (not terms, "every loss term is off: nothing to learn from"),
-        (not teacher and {*terms} - {"rec", "zoom_out_rec"}, f"--method {c.method} needs a --teacher"),
+        (not weights, "every loss term is off: nothing to learn from"),
+        (not teacher and {*weights} - {"rec", "zoom_out_rec"}, f"--method {c.method} needs a --teacher"),
         (not teacher and c.student == "small", "--student small needs a --teacher; or name a size"),
         (teacher and c.scale != teacher.scale,
          f"{c.teacher} is a x{teacher and teacher.scale} network, not x{c.scale}: leave --scale out"),
@@ -570,7 +582,7 @@ def start(run, command):
         run.restore(models.read_file(run.out / "last.ckpt"))
     if run.rank > 0:
         return
-    terms = [f"{weight:g}·{name}" for name, weight in term_weights(c).items()]
+    summands = [f"{weight:g}·{name}" for name, weight in term_weights(c).items()]
     if resumed:
         os.truncate(run.out / "log.csv", run.log_bytes)
         print(f"resumed after step {run.step} of {c.steps}")
@@ -580,7 +592,7 @@ def start(run, command):
                      **evaluate.provenance(command, run.device))
         with models.replacing(run.out / "config.json") as f:
             f.write(json.dumps(about, indent=1).encode())
-        (run.out / "log.csv").write_text(f"step,lr,{','.join(terms)},total,val_psnr\n", encoding="utf-8")
+        (run.out / "log.csv").write_text(f"step,lr,{','.join(summands)},total,val_psnr\n", encoding="utf-8")
     print(f"data    {len(run.patches.store.names)} images to train on, {len(run.held)} held out")
     for role, net in (("teacher", run.teacher), ("student", run.student)):
         if net:
@@ -591,7 +603,7 @@ def start(run, command):
     if run.teacher:
         teacher = f", teacher {run.score(evaluate.upscaler(run.teacher), 'teacher'):.2f} dB"
     print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB{teacher}")
-    print("recipe ", c.method, *run.changes, f"(seed {c.seed}): L = {' + '.join(terms)}")
+    print("recipe ", c.method, *run.changes, f"(seed {c.seed}): L = {' + '.join(summands)}")
     print(f"run     {c.out}: {c.steps} steps of {c.batch} on {run.device} in {c.precision}", flush=True)
 
 
@@ -631,25 +643,25 @@ def accelerate(run):
     torch._dynamo.config.recompile_limit = 32  # widths, batch sizes and masks of teacher and student
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
-    patches = draw_patches(run.patches, c, run.step, run.rank, run.world)
+    pair = draw_patches(run.patches, c, run.step, run.rank, run.world)
     try:
-        run.forward_backward(*patches)
+        run.forward_backward(*pair)
     except Exception as e:  # no compiler, an operation that it does not know, …
         print(f"note: torch.compile fails here, the networks run without: {e!r:.120}", file=sys.stderr)
         for block in blocks:
             del block.forward
-    if cuda and not waits_for_the_gpu(run.forward_backward, patches):
-        run.forward_backward = Recorded(run.forward_backward, patches)
+    if cuda and not waits_for_the_gpu(run.forward_backward, pair):
+        run.forward_backward = Recorded(run.forward_backward, pair)
 
 
-def waits_for_the_gpu(function, patches):
+def waits_for_the_gpu(function, pair):
     """Whether a step reads a value from the GPU, as a foreign teacher may: it cannot be recorded then.
     It is asked before the recording, since a recording that fails leaves the random generator unusable."""
     for _ in range(2):  # the libraries choose their algorithms, which waits
-        function(*patches)
+        function(*pair)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        function(*patches)
+        function(*pair)
     except RuntimeError as e:
         print(f"note: the step waits for the GPU, and is not recorded: {e!r:.120}", file=sys.stderr)
         return True
@@ -660,19 +672,20 @@ def waits_for_the_gpu(function, patches):
 
 class Recorded:
     """`forward_backward` as one CUDA graph, which is launched at once instead of kernel by kernel.
-    A call copies its patches into the recorded ones. What the step draws is new in each replay, since the
-    generator is seeded before (`draw_patches`). Only the recorded function may set gradients to None."""
+    A call copies its pair, I_LR and I_HR, into the recorded one. What the step draws is new in each replay,
+    since the generator is seeded before (`draw_patches`). Only the recorded function may set gradients to
+    None."""
 
-    def __init__(self, function, patches):
-        self.patches, self.graph = patches, torch.cuda.CUDAGraph()
+    def __init__(self, function, pair):
+        self.pair, self.graph = pair, torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                self.result = function(*patches)
+                self.result = function(*pair)
         except RuntimeError as e:
             raise ConfigError(f"the step cannot be recorded as a CUDA graph: give --no-compile ({e})") from e
 
-    def __call__(self, *patches):
-        for recorded, new in zip(self.patches, patches):
+    def __call__(self, *pair):
+        for recorded, new in zip(self.pair, pair):
             recorded.copy_(new)
         self.graph.replay()
         return self.result.clone()
@@ -691,8 +704,8 @@ def print_bench(run, times, command):
     print(json.dumps(result))
 
 
-GROUPS = dict(teacher="networks and images", steps="training (paper, section 4.1)",
-              lambda_rec="losses (paper, section 3; what is not given is the recipe's)",
+GROUPS = dict(teacher="networks and images", steps="training",
+              lambda_rec="losses (what is not given is the recipe's)",
               device="how it runs")
 NAMES = [field.name for field in dataclasses.fields(Config)]
 LOSS_SETTINGS = NAMES[NAMES.index("lambda_rec"):NAMES.index("device")]
@@ -710,10 +723,10 @@ def parse(argv):
             settings["help"] += f" [{f.default}]"
         group.add_argument(flag(f.name), **settings)
     given = vars(parser.parse_args(argv))
-    return resumed(given) if "resume" in given else Config(**given)
+    return saved_config(given) if "resume" in given else Config(**given)
 
 
-def resumed(given):
+def saved_config(given):
     """The Config of the run in --out, with those given settings that may change."""
     out = given.get("out")
     if not out:

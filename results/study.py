@@ -4,7 +4,7 @@
     python results/study.py L M --report      prints the tables of the runs that are there
     python results/study.py L --report --over zoom-in    compares with another arm than KD
     python results/study.py --runs runs/*     a line of Markdown for each run folder of yours
-    python results/study.py --plot            draws results/terms.png from studies L, N (needs matplotlib)
+    python results/study.py --plot            draws results/gains.png from the records (needs matplotlib)
 
 A run that has its record in results/study_*.json is skipped. A run that was stopped goes on.
 """
@@ -205,16 +205,21 @@ def spread(values, digits=2):
     return " ± ".join(f"{number:.{digits}f}" for number in numbers)
 
 
-def gain(arm, reference, n, where="B100"):
-    """Mean difference of two arms' best checkpoints, paired by seed, with its 95 % t-interval."""
+def differences(arm, reference, n, where="B100"):
+    """The best checkpoints of an arm minus those of another, for each seed that both have: [dB]."""
     ours, theirs = (psnrs(a, n, "best", where) for a in (arm, reference))
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    if arm == reference or not differences:
+    return [ours[seed] - theirs[seed] for seed in sorted(ours) if seed in theirs]
+
+
+def gain(arm, reference, n):
+    """The mean of these differences on B100 with its 95 % t-interval, as text."""
+    values = differences(arm, reference, n)
+    if arm == reference or not values:
         return "–"
-    mean = np.mean(differences)
-    if len(differences) == 1:
+    mean = np.mean(values)
+    if len(values) == 1:
         return f"{mean:+.3f}"
-    half = scipy.stats.t.ppf(0.975, len(differences) - 1) * scipy.stats.sem(differences)
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
@@ -249,35 +254,45 @@ def runs_table(folders):
                    f"{config['steps']} | {max(scores):.2f}, {scores[-1]:.2f} |")
 
 
-# The panels of --plot: training images, their name, where they stand beside an arm, the marker.
-PANELS = [[(ALL, "881 photographs of 0.1 megapixels", 0.1, "o"),
-           (LARGE, "50 photographs of 2.8 megapixels", -0.1, "s")],
-          [(8, "8 photographs of 0.1 megapixels", 0, "D")]]
+# What --plot draws. At the left, a curve of each arm; at the right, a set of images, a marker and its height.
+CURVES = {ZOOM_IN: "o-", DUKD: "s-", SCRATCH: "^-"}
+SETS = [(ALL, "881 of 0.1 megapixels", "o", 0.2), (LARGE, "50 of 2.8 megapixels", "s", 0),
+        (REDUCED, "the same 50, reduced to a quarter", "D", -0.2)]
 
 
 def plot():
-    """results/terms.png: what each arm gains over KD on B100, a dot a seed."""
+    """results/gains.png: what an arm gains over KD on B100, a dot a seed.
+    At the left against the number of small photographs, at the right for each loss and three sets."""
     try:
         import matplotlib
     except ImportError:
         raise data.DataError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    counts = [n for n in (2, 8, 32, 128, ALL) if differences(ZOOM_IN, KD, n)]
+    for arm, style in CURVES.items():
+        points = [(n, value) for n in counts for value in differences(arm, KD, n)]
+        means = [np.mean(differences(arm, KD, n)) for n in counts]
+        line, = left.plot(counts, means, style, label=TERMS[arm])
+        left.plot(*zip(*points), style[0], color=line.get_color(), markersize=3)
+    left.axhline(0, color="gray", linewidth=1)
+    left.set_xscale("log", base=2)
+    left.set(xticks=counts, xticklabels=counts, xlabel="training photographs of 0.1 megapixels",
+             ylabel="B100: PSNR over KD, dB")
+    left.legend()
+
     arms = [arm for arm in reversed(TERMS) if arm not in (START, KD)]
-    for axes, sets in zip(panels, PANELS):
-        for n, label, shift, marker in sets:
-            reference = psnrs(KD, n, "best", "B100")
-            points = [(psnr - reference[seed], i + shift) for i, arm in enumerate(arms)
-                      for seed, psnr in psnrs(arm, n, "best", "B100").items() if seed in reference]
-            axes.plot(*zip(*points), marker, label=label, markersize=5)
-        axes.axvline(0, color="gray", linewidth=1)
-        axes.set(yticks=range(len(arms)), yticklabels=[TERMS[arm] for arm in arms],
-                 xlabel="B100: PSNR over KD, dB (a dot is a seed)")
-        axes.locator_params("x", nbins=5)
+    for n, label, marker, height in SETS:
+        points = [(value, i + height) for i, arm in enumerate(arms) for value in differences(arm, KD, n)]
+        right.plot(*zip(*points), marker, label=label, markersize=5)
+    right.axvline(0, color="gray", linewidth=1)
+    right.set(yticks=range(len(arms)), yticklabels=[TERMS[arm] for arm in arms],
+              xlabel="B100: PSNR over KD, dB")
+    right.legend(title="photographs", fontsize="small")
+    for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
-    figure.savefig(RESULTS / "terms.png", dpi=130)
+    figure.savefig(RESULTS / "gains.png", dpi=130)
 
 
 def main():

@@ -26,7 +26,7 @@ def test_it_starts_with_two_commands_that_need_python_alone():
 
 @pytest.mark.parametrize("file, words", COMMANDS)
 def test_its_commands_parse(file, words, monkeypatch):
-    monkeypatch.setattr(train, "resumed", lambda given: train.Config(**given))  # the run need not exist
+    monkeypatch.setattr(train, "saved_config", lambda given: train.Config(**given))  # the run need not exist
     options = dict(train=train, evaluate=evaluate)[file].parse(shlex.split(words, comments=True))
     if file == "train" and options.student != "small":
         models.build(options.student, options.scale or 4)

@@ -485,7 +485,7 @@ def test_a_recorded_step_is_fed_with_each_batch(place, tmp_path, monkeypatch):
     function, recorded.device = recorded.forward_backward, torch.device("cuda")
     train.accelerate(recorded)
     graph = recorded.forward_backward
-    graph.graph.replay = lambda: graph.result.copy_(function(*graph.patches))
+    graph.graph.replay = lambda: graph.result.copy_(function(*graph.pair))
     assert calls[-3:] == ["step in mode error", "record", "step in mode default"]
     assert torch.equal(results(plain, 7), results(recorded, 7))
     assert equal([w.grad for w in plain.weights], [w.grad for w in recorded.weights])
