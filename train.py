@@ -38,12 +38,12 @@ from dukd import (InvertibleAugmentation, at_loss, dukd_loss, fakd_loss, fitnet_
                   zoom_in, zoom_out)
 
 # What --method stands for. A row may be for one family of teachers, or for one scale of it: the longest name
-# that fits counts. Every flag overrides its entry, so the terms of several methods combine. What stands right
-# of a λ_dukd of 0 counts only with --lambda-dukd, but for feature.
+# that fits counts. Every flag overrides its entry, so the terms of several methods combine. Where λ_dukd is 0,
+# the columns from zoom_out to p have no effect.
 ENTRIES = ("lambda_rec", "lambda_kd", "lambda_dukd", "zoom_out", "zoom_out_rec", "crops", "p", "feature")
 RECIPES = {
     #                        λ_rec λ_kd λ_dukd zoom_out zoom_out_rec crops p    feature
-    "dukd":                  (1.0, 1.0, 1.0,   True,    True,        1,    0.3, "none"),  # of dukd.py
+    "dukd":                  (1.0, 1.0, 1.0,   True,    True,        1,    0.3, "none"),  # dukd.py's L
     "dukd_released":         (5.0, 1.0, 0.5,   False,   False,       1,    0.3, "none"),  # SwinIR, and others
     "dukd_released edsr":    (5.0, 1.0, 0.5,   True,    True,        1,    0.3, "none"),
     "dukd_released edsr x2": (5.0, 1.0, 0.5,   True,    True,        2,    0.3, "none"),
