@@ -32,7 +32,7 @@ RAM = 2**30  # bytes of decoded images that stay in memory; more are written to 
 NO_PICTURES = {"BLP", "BUFR", "EPS", "GRIB", "HDF5", "ICNS", "ICO", "WMF"}  # textures, data, drawings, icons
 EXTENSIONS = {ending for ending, kind in Image.registered_extensions().items()  # Pillow reads and writes them
               if kind in Image.OPEN and kind in Image.SAVE and kind not in NO_PICTURES}
-# Pillow's modes that are converted, and what to. In a file with "transparency" more of them are.
+# Pillow's modes that are converted, and what to. Where the file has a transparent colour, more are.
 MODES = {"1": "L", "CMYK": "RGB", "LAB": "RGB", "YCbCr": "RGB", "HSV": "RGB", "RGBa": "RGBA", "PA": "RGBA"}
 MODES_WITH_TRANSPARENCY = MODES | {"1": "LA", "L": "LA", "P": "RGBA", "RGB": "RGBA"}
 PHOTOGRAPHS = Path(skimage.data.__file__).parent  # scikit-image brings them
@@ -44,7 +44,8 @@ class DataError(ValueError):
 
 def read_picture(path):
     """The picture in a file as uint8 (H,W,C): C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
-    Palettes and CMYK become RGB. 16-bit grey is scaled to 8 bits. EXIF rotation is applied.
+    Palettes and CMYK become RGB. 16-bit grey is rounded to 8 bits; of 16-bit
+    colour Pillow gives the upper 8. EXIF rotation is applied.
     DataError, naming the file, if it is missing, empty, damaged, of several frames, or holds other values."""
     if not Path(path).is_file() or Path(path).stat().st_size == 0:  # a pipe or a device might never end
         raise DataError(f"{path} is missing, empty or not a file")
@@ -96,7 +97,7 @@ def _images_in(folder):
     images = [path for path in files if path.suffix.lower() in EXTENSIONS]
     others = [path for path in files if path.suffix.lower() not in EXTENSIONS]
     if not images:
-        raise DataError(f"{folder} has no images in it (images in folders inside it are not looked for)")
+        raise DataError(f"{folder} has no images in it (folders inside it are not searched)")
     if others:
         _note(f"files of unknown type in {folder} are left out: {len(others)}, such as {others[0].name}")
     return images
@@ -147,7 +148,7 @@ def read_pair(path, lr_path, scale, least=1):
     h, w = hr.shape[0] // scale, hr.shape[1] // scale
     size = f"{path} is {hr.shape[1]}x{hr.shape[0]}"
     if min(h, w) < least:
-        raise DataError(f"{size}, too small: its LR is {w}x{h}, not {least}x{least} (training: --patch)")
+        raise DataError(f"{size}, too small: its LR is {w}x{h}, and {least}x{least} or more is needed")
     if lr_path is None:
         return pair(hr, scale)
     lr = read_image(lr_path)
@@ -157,10 +158,12 @@ def read_pair(path, lr_path, scale, least=1):
 
 
 def match_lr(paths, lr_places, scale):
-    """A list of each HR file's LR file. That of 0001.png is named 0001x4, 0001_x4 or 0001, with any ending.
-    Without lr_places, a list of None. DataError if one is missing, or if two LR files have the same name."""
+    """A list of each HR file's LR file. For 0001.png it is 0001x4, 0001_x4 or 0001, with any ending.
+    Without lr_places, a list of None. DataError if one is missing, or if two files have the same name."""
     if not lr_places:
         return [None] * len(paths)
+    if len({path.stem for path in paths}) < len(paths):
+        raise DataError("two HR images have the same name: their LR images cannot be told apart")
     by_stem, matched = {}, []
     for file in find_images(lr_places):
         if twin := by_stem.get(file.stem):
@@ -238,7 +241,7 @@ def _spill(pictures, memory, table, file):
 
 
 def _decoded(jobs, scale, least):
-    """Yields lr, hr, lr, hr, … of each (path, lr_path) in order. Threads decode eight images at a time."""
+    """Yields lr, hr, lr, hr, … of each (path, lr_path) in order. Four threads decode, eight images ahead."""
     with ThreadPoolExecutor(4) as pool, tqdm(None, "decoding", len(jobs), disable=len(jobs) < 50) as bar:
         for i in range(0, len(jobs), 8):
             for lr_hr in pool.map(lambda job: read_pair(*job, scale, least), jobs[i:i + 8]):

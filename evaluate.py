@@ -63,8 +63,8 @@ def ssim_y(sr, hr, border):
 
 
 def published_bicubic(hr, scale):
-    """The luma planes (sr, hr) of published bicubic figures: only luma is resized, and LR is not rounded.
-    Networks read the rounded RGB picture; bicubic made from that scores up to 0.01 dB higher."""
+    """The luma planes (sr, hr) that published bicubic figures compare: rounded luma alone is resized, and its
+    LR is not rounded. Bicubic of the rounded RGB picture, which networks read, scores slightly higher."""
     y = np.floor(luma(hr) + 0.5)
     sr = data.imresize(data.imresize(torch.from_numpy(y), 1 / scale), scale).numpy()
     return np.floor(sr.clip(0, 255) + 0.5), y
@@ -83,9 +83,9 @@ def to_uint8(x):
 
 @torch.no_grad()
 def upscale(model, x, tile=0):
-    """model(x) for x (N,3,h,w) in [0,1] of any size: (N,3,s·h,s·w). A large x is computed in tiles.
-    tile: LR pixels a side; a smaller x is computed as a whole (0: every x). EDSR's tiles, up to 46 blocks,
-    equal the whole. RCAN and SwinIR see farther than a tile's margin, so their tiles fade into each other."""
+    """model(x) for x (N,3,h,w) in [0,1] of any size: (N,3,s·h,s·w).
+    An x of more than `tile` LR pixels a side is computed in tiles, with margins around them (0: never). EDSR
+    up to 46 blocks sees no farther than a margin: its tiles equal the whole. Others' fade into each other."""
     (h, w), s = x.shape[-2:], model.scale
     if tile <= 0 or max(h, w) <= tile:
         return model(x)
@@ -99,8 +99,8 @@ def upscale(model, x, tile=0):
 
 def tiles_along(n, tile, model):
     """Yields (start, end, weights) of each tile along n LR pixels. A tile is a core with margins around it.
-    weights (s·(end−start),) of its HR pixels: 1 in the core, 0 in the margin, fading in between.
-    At each HR pixel, the weights of all tiles sum to 1."""
+    weights (s·(end−start),) of its HR pixels: 1 inside the core, 0 outside. Where tiles fade, it falls from
+    1 to 0 within `fade` LR pixels on both sides of the core's edge. At a pixel, all tiles' sum to 1."""
     margin, s = min(model.receptive_radius or 32, 96), model.scale
     fade = 0 if margin == model.receptive_radius else 16  # LR pixels on each side of a line between cores
     size = -(-tile // 8) * 8  # of a core; SwinIR's windows of 8 pixels stay in place
@@ -182,7 +182,7 @@ def read_set(place, scale):
 
 def score(make, pictures, scale, published):
     """The mean PSNR and SSIM over pictures [(name, lr, hr)], and those of each picture.
-    published: of `published_bicubic` instead of what `make` makes."""
+    published: score `published_bicubic`, not what `make` makes."""
     bar = tqdm(pictures, leave=False, ncols=80)
     if published:
         jobs = ((*published_bicubic(hr, scale), scale) for _, _, hr in bar)
@@ -198,6 +198,9 @@ def evaluate(rows, networks, against, about, options):
     rows: {label: maker}; networks: {label: network}; against: a maker whose pictures replace HR, or None.
     JSON has no infinity: the PSNR of equal pictures is null there."""
     s, results = options.scale, {}
+    if options.json:  # what cannot be written fails before the long work
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        open(options.json, "a").close()
     sets = {place: read_set(place, s) for place in options.data}
     if options.figure:
         place = options.data[0]
@@ -205,14 +208,12 @@ def evaluate(rows, networks, against, about, options):
         if not chosen:
             raise data.DataError(f"--image {options.image} is not in {place}: name one of its pictures")
         write_figure(options.figure, rows, *chosen[0], s)
-    if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)  # this fails before the long work
     if against:
         for place, pictures in sets.items():
             bar = tqdm(pictures, leave=False, ncols=80)
             sets[place] = [(name, lr, against(name, lr)) for name, lr, _ in bar]
     heads = {place: f"{place} ({len(pictures)}) PSNR/SSIM" for place, pictures in sets.items()}
-    width = max(map(len, rows))
+    width = max(map(len, ["model", *rows]))
     print("model".ljust(width), " params", "   madds", *heads.values(), sep="  ")
     for label, make in rows.items():
         size = madds = "-"
@@ -241,8 +242,9 @@ def provenance(command, device):
 
 
 def bench(networks, device, about, turns):
-    """Prints a line of JSON a network: its time for one whole picture of 1280×720, the field's convention.
-    The networks take turns, so that a slow spell of the machine slows all. ratio: ms over the first one's."""
+    """Prints a line of JSON for each network: its median time for one whole picture of 1280×720, the field's
+    convention. The networks take turns, so that a slow spell of the machine slows all. On a GPU they are
+    there together: peak_memory_gib includes the weights of all."""
     h, w = 720 // about["scale"], 1280 // about["scale"]
     x = torch.rand(1, 3, h, w).to(device, memory_format=torch.channels_last)
     times, peaks = {name: [] for name in networks}, {}
@@ -255,15 +257,13 @@ def bench(networks, device, about, turns):
             times[name].append(1000 * (time.perf_counter() - began))
             peaks[name] = peak_memory(device)
     for name in networks:
-        ms, first = times[name][2:], times[next(iter(networks))][2:]  # two turns warm up
-        line = dict(model=name, ms=round(np.median(ms), 3), ms_min=round(min(ms), 3),
-                    ratio=round(np.median(ms) / np.median(first), 4), peak_memory_gib=peaks[name],
-                    turns=turns, input=[w, h])
+        ms = round(np.median(times[name][2:]), 3)  # two turns warm up
+        line = dict(model=name, ms=ms, peak_memory_gib=peaks[name], turns=turns, input=[w, h])
         print(json.dumps(line | about))
 
 
 def peak_memory(device):
-    """The most GiB of a GPU that torch has held so far. None on the CPU."""
+    """The most GiB of a GPU that torch has held since the last reset. None on the CPU."""
     return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 3) if device.type == "cuda" else None
 
 
@@ -323,7 +323,7 @@ def upscale_file(make, path, target, scale):
     encoded(target, np.zeros((1, scale * max(h, w), channels), np.uint8))  # it fails before the long work
     target.parent.mkdir(parents=True, exist_ok=True)
     big = make(path.stem, data.read_image(path))
-    if channels < 3:  # the network's three colours of grey differ by less than a grey level
+    if channels < 3:  # a network's answer to grey is not quite grey
         big = np.floor(big.mean(axis=2, keepdims=True) + 0.5).astype(np.uint8)
     if channels in (2, 4):
         big = np.concatenate([big, data.imresize(picture[..., -1:], scale)], axis=2)
@@ -377,14 +377,11 @@ def encoded(path, image, profile=None):
 
 
 def write_picture(path, image, profile=None):
-    """Writes uint8 (H,W,C) as `encoded` says. OSError, naming the file, where the disk is full, say."""
+    """Writes uint8 (H,W,C) as `encoded` says."""
     content = encoded(path, image, profile)
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with models.replacing(path) as file:
-            file.write(content)
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, str(path)) from None
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with models.replacing(path) as file:
+        file.write(content)
 
 
 class Parser(argparse.ArgumentParser):
@@ -420,8 +417,8 @@ def parse(argv):
         p.error("name models, and --data to score, --input and --output to upscale, or --bench")
     if bool(o.input) != bool(o.output):
         p.error(f"{'--output' if o.input else '--input'} is missing: pictures go from --input to --output")
-    if "bicubic" in o.sr:
-        p.error("--sr bicubic looks like the row bicubic: write ./bicubic")
+    for name in {"bicubic", "HR"} & {*o.sr}:
+        p.error(f"--sr {name} looks like the row or the picture of that name: write ./{name}")
     if o.image and not o.figure:
         p.error("--image needs --figure")
     if o.input and (len(o.models) != 1 or o.sr):
@@ -447,8 +444,8 @@ def pick_device(name=""):
 
 @contextlib.contextmanager
 def command_line(*kinds):
-    """What a program's main() runs in. What users can cause, and errors of `kinds`, end the program with one
-    line and exit code 2. A letter that the terminal's encoding lacks is printed as a question mark."""
+    """What a program's main() runs in. Errors that users can cause, and those of `kinds`, end the program
+    with one line and exit code 2. A letter that the terminal's encoding lacks becomes a question mark."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # a service, for example, has neither
     sys.stderr = sys.stderr or open(os.devnull, "w")
@@ -484,9 +481,10 @@ def main(argv=None):
         device = pick_device(options.device)
         keep_freed_memory()
         names = [name for name in (*options.models, options.against) if name not in (None, "bicubic")]
-        networks = {name: models.load(name) for name in names}
+        networks, makers = {name: models.load(name) for name in names}, {}
         for name, network in networks.items():
             network.to(device, memory_format=torch.channels_last)
+            makers[name] = upscaler(network, options.tile, options.self_ensemble)
             options.scale = options.scale or network.scale
             if network.scale != options.scale:
                 raise data.DataError(f"{name} is a x{network.scale} network, but x{options.scale} is wanted")
@@ -494,9 +492,7 @@ def main(argv=None):
             raise data.DataError("no checkpoint tells the scale: give --scale")
         about = provenance(shlex.join(["python", "evaluate.py", *argv]), device)
         about |= dict(scale=options.scale, precision=options.precision, self_ensemble=options.self_ensemble)
-        makers = {"bicubic": resizer(options.scale)}
-        for name, network in networks.items():
-            makers[name] = upscaler(network, options.tile, options.self_ensemble)
+        makers["bicubic"] = resizer(options.scale)
         rows = {name: makers[name] for name in options.models}
         rows |= {place: reader(place, options.scale) for place in options.sr}
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):

@@ -3,7 +3,7 @@
 Every network maps (N,3,h,w) to (N,3,s·h,s·w), RGB floats in [0,1], and carries
     .scale             the factor s
     .config            the constructor's arguments plus "arch", enough to build it again
-    .taps              the names of four submodules whose outputs (N,c,h,w) feature distillation compares
+    .taps              the names of four submodules whose outputs (N,c,h,w) feature losses compare
     .receptive_radius  an output pixel depends on no LR pixel farther away (None: no useful bound)
 
     EDSR   Lim et al., Enhanced Deep Residual Networks for Single Image Super-Resolution, CVPRW 2017
@@ -101,7 +101,7 @@ class EDSR(SRNetwork):
         self.upsample = upsampler(channels, scale)
         self.conv_last = conv3x3(channels, 3)
         self.taps = ["conv_first", f"body.{blocks // 3}", f"body.{2 * blocks // 3}", "conv_after_body"]
-        self.receptive_radius = 2 * blocks + 4  # 1 for each convolution at LR size, less than 2 for the rest
+        self.receptive_radius = 2 * blocks + 4  # 2·blocks + 3 convolutions in LR, < 1 after
 
 
 class ChannelAttention(nn.Module):
@@ -114,8 +114,7 @@ class ChannelAttention(nn.Module):
         self.attention = nn.ModuleDict({"1": squeeze, "3": excite})  # the names in published files
 
     def forward(self, x):
-        # The 1×1 convolutions see one pixel, the mean. There their set-up takes longer than their sums.
-        # Linear layers (matrix products) with the same weights give the same and are faster.
+        # On one pixel, the mean, a matrix product with the 1×1 convolutions' weights is the same, and faster.
         squeeze, excite = self.attention["1"], self.attention["3"]
         y = x.mean((2, 3))  # (N,c)
         y = F.relu(F.linear(y, squeeze.weight.flatten(1), squeeze.bias))
@@ -172,11 +171,9 @@ def mirror(x, multiple):
 def shift_mask(H, W, w, shift, device=None):
     """(nW,w²,w²): −100 between pixels that the cyclic shift brought together from opposite edges, else 0.
     H×W pixels, cut in nW = H/w·W/w windows of w×w in raster order."""
-    y, x = torch.arange(H, device=device), torch.arange(W, device=device)
-    # along each axis: 0 before the last window, 1 in it, 2 in its last `shift` pixels, from the opposite edge
-    y = (y >= H - w).long() + (y >= H - shift)
-    x = (x >= W - w).long() + (x >= W - shift)
-    region = 3 * y[:, None] + x  # (H,W)
+    y = torch.arange(H, device=device) >= H - shift  # the rows that came from the opposite edge
+    x = torch.arange(W, device=device) >= W - shift
+    region = 2 * y[:, None].long() + x  # (H,W)
     region = region.view(H // w, w, W // w, w)
     region = region.transpose(1, 2).reshape(-1, w * w)  # (nW,w²)
     apart = region[:, :, None] != region[:, None, :]
@@ -410,6 +407,8 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as e:  # a full disk's does not name the file
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)  # it exists only after an exception
 
@@ -433,7 +432,7 @@ def read_file(path):
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path)
-        if zipfile.is_zipfile(path):  # torch.load ignores checksums and reads noise from a part marked folder
+        if zipfile.is_zipfile(path):  # torch.load skips checksums and reads noise from a part marked folder
             archive = zipfile.ZipFile(path)
             if archive.testzip() or any(part.external_attr & 16 for part in archive.infolist()):
                 raise zipfile.BadZipFile
@@ -478,7 +477,7 @@ def unwrap(content, path):
 
 
 def without_prefixes(weights):
-    """[weights, …]: with the names as they are, then without each prefix that all share (module.net_g.).
+    """[weights, …]: with the names as they are, then with one more of the prefixes (module.net_g.) taken off.
     DataParallel, torch.compile, Lightning and GAN codes put prefixes there."""
     shared = os.path.commonprefix(list(weights)).count(".")
     return [{name.split(".", n)[-1]: v for name, v in weights.items()} for n in range(shared + 1)]
@@ -566,7 +565,7 @@ class Foreign(nn.Module):
     def forward(self, x):
         """spandrel pads x to a size that the network takes, crops the result and clamps it to [0,1]."""
         y = self.call(x.clone())  # a copy, as some networks edit their input
-        return y.clone()  # a loss takes only copies of what was made in spandrel's inference mode
+        return y.clone()  # made outside spandrel's inference mode: a loss takes only such tensors
 
 
 def from_spandrel(weights, path):
@@ -600,7 +599,8 @@ def load(path, **override):
         network = None if override else from_spandrel(weights, path)
         if network is None:
             reason = textwrap.shorten(f"{e} is missing" if isinstance(e, KeyError) else str(e), 300)
-            raise CheckpointError(f"{path} is no EDSR, RCAN, SwinIR (spandrel has more). {reason}") from None
+            raise CheckpointError(f"{path} is no EDSR, RCAN or SwinIR (for others: pip install spandrel). "
+                                  f"{reason}") from None
     if broken := [name for name, v in network.named_parameters() if not v.isfinite().all()]:
         raise CheckpointError(f"{path}: {broken[0]} holds NaN or infinity")
     return network.eval()

@@ -38,8 +38,8 @@ from dukd import (InvertibleAugmentation, at_loss, dukd_loss, fakd_loss, fitnet_
                   zoom_in, zoom_out)
 
 # What --method stands for. A row may be for one family of teachers, or for one scale of it: the longest name
-# that fits counts. Every flag overrides its entry, so the terms of several methods combine. Where λ_dukd is 0,
-# the columns from zoom_out to p have no effect.
+# that fits counts. Every flag overrides its entry, so the terms of several methods combine. Where λ_dukd
+# is 0, the columns from zoom_out to p have no effect.
 ENTRIES = ("lambda_rec", "lambda_kd", "lambda_dukd", "zoom_out", "zoom_out_rec", "crops", "p", "feature")
 RECIPES = {
     #                        λ_rec λ_kd λ_dukd zoom_out zoom_out_rec crops p    feature

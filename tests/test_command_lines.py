@@ -152,6 +152,7 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(place, monkeypatch, ca
     ("--sr empty --data val --scale 2", "empty"),
     ("--sr lr --data val --scale 2", "lr/im0.png"),
     ("--sr bicubic --data val --scale 2", "write ./bicubic"),
+    ("--sr HR --data val --scale 2", "write ./HR"),
     ("x2.pt --data val --figure new.psd", "new.psd cannot be written"),
     ("x2.pt --json new.json --bench 1", "--json"),
     ("--write-lr new --data val", "--write-lr needs --data and --scale"),

@@ -287,7 +287,7 @@ def test_read_pair_names_files_and_sizes_that_do_not_fit(tmp_path):
     hr_file, lr_file = save(noise(12, 8, 3), tmp_path / "a.png"), save(noise(6, 4, 3), tmp_path / "ax4.png")
     refused(lambda: data.read_pair(hr_file, lr_file, 4), hr_file, lr_file, "8x12", "4x6", "2x3")
     assert data.read_pair(hr_file, None, 4, least=2)[0].shape == (3, 2, 3)
-    refused(lambda: data.read_pair(hr_file, None, 4, least=3), hr_file, "8x12", "2x3", "3x3", "--patch")
+    refused(lambda: data.read_pair(hr_file, None, 4, least=3), hr_file, "8x12", "2x3", "3x3")
 
 
 @pytest.mark.parametrize("naming", ("{}x4.png", "{}_x4.png", "{}.png", "{}x4.jpg"))
@@ -304,6 +304,7 @@ def test_lr_files_that_are_missing_or_named_alike_are_named(tmp_path):
     one, two = touch(tmp_path / "1", "0001x4.png", "0002x2.png"), touch(tmp_path / "2", "0001x4.png")
     refused(lambda: data.match_lr(hr, [one], 4), hr[1], "0002x4", "0002_x4", one)
     refused(lambda: data.match_lr(hr, [one, two], 4), one / "0001x4.png", two / "0001x4.png")
+    refused(lambda: data.match_lr([hr[0], tmp_path / "0001.png"], [one], 4), "two HR images")
 
 
 @pytest.fixture

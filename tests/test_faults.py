@@ -134,7 +134,7 @@ def test_one_flipped_bit_in_a_checkpoint_is_found(stopped, capsys):
 @pytest.mark.parametrize("name", ["student.pt", "last.ckpt"])
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, stopped, capsys, name):
     (stopped / f"{name}.tmp").symlink_to("/dev/full")
-    assert "No space left on device" in error(capsys, stopped)
+    assert f"{name} cannot be read or written: No space left on device" in error(capsys, stopped)
     assert models.read_file(stopped / "last.ckpt")["step"] >= 5 and not list(stopped.glob("*.tmp"))
     train.main(["--resume", "--out", str(stopped)])
     assert_same_outcome(whole, stopped)
