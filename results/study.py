@@ -256,7 +256,7 @@ def runs_table(folders):
 
 # What --plot draws. At the left, a curve of each arm; at the right, a set of images, a marker and its height.
 CURVES = {ZOOM_IN: "o-", DUKD: "s-", SCRATCH: "^-"}
-SETS = [(ALL, "881 of 0.1 megapixels", "o", 0.2), (LARGE, "50 of 2.8 megapixels", "s", 0),
+SETS = [(ALL, "881 photographs of 0.1 megapixels", "o", 0.2), (LARGE, "50 photographs of 2.8 megapixels", "s", 0),
         (REDUCED, "the same 50, reduced to a quarter", "D", -0.2)]
 
 
@@ -269,7 +269,7 @@ def plot():
         raise data.DataError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     counts = [n for n in (2, 8, 32, 128, ALL) if differences(ZOOM_IN, KD, n)]
     for arm, style in CURVES.items():
         points = [(n, value) for n in counts for value in differences(arm, KD, n)]
@@ -280,7 +280,6 @@ def plot():
     left.set_xscale("log", base=2)
     left.set(xticks=counts, xticklabels=counts, xlabel="training photographs of 0.1 megapixels",
              ylabel="B100: PSNR over KD, dB")
-    left.legend()
 
     arms = [arm for arm in reversed(TERMS) if arm not in (START, KD)]
     for n, label, marker, height in SETS:
@@ -289,9 +288,10 @@ def plot():
     right.axvline(0, color="gray", linewidth=1)
     right.set(yticks=range(len(arms)), yticklabels=[TERMS[arm] for arm in arms],
               xlabel="B100: PSNR over KD, dB")
-    right.legend(title="photographs", fontsize="small")
+    right.locator_params("x", nbins=5)
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     figure.savefig(RESULTS / "gains.png", dpi=130)
 
 
