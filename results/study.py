@@ -256,7 +256,8 @@ def runs_table(folders):
 
 # What --plot draws. At the left, a curve of each arm; at the right, a set of images, a marker and its height.
 CURVES = {ZOOM_IN: "o-", DUKD: "s-", SCRATCH: "^-"}
-SETS = [(ALL, "881 photographs of 0.1 megapixels", "o", 0.2), (LARGE, "50 photographs of 2.8 megapixels", "s", 0),
+SETS = [(ALL, "881 photographs of 0.1 megapixels", "o", 0.2),
+        (LARGE, "50 photographs of 2.8 megapixels", "s", 0),
         (REDUCED, "the same 50, reduced to a quarter", "D", -0.2)]
 
 
