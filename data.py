@@ -44,8 +44,8 @@ class DataError(ValueError):
 
 def read_picture(path):
     """The picture in a file as uint8 (H,W,C): C = 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
-    Palettes and CMYK become RGB. 16-bit grey is rounded to 8 bits; of 16-bit
-    colour Pillow gives the upper 8. EXIF rotation is applied.
+    Palettes and CMYK become RGB. 16-bit grey is rounded to 8 bits. Of 16-bit colour, Pillow
+    gives the upper 8 bits. EXIF rotation is applied.
     DataError, naming the file, if it is missing, empty, damaged, of several frames, or holds other values."""
     if not Path(path).is_file() or Path(path).stat().st_size == 0:  # a pipe or a device might never end
         raise DataError(f"{path} is missing, empty or not a file")
@@ -241,7 +241,7 @@ def _spill(pictures, memory, table, file):
 
 
 def _decoded(jobs, scale, least):
-    """Yields lr, hr, lr, hr, … of each (path, lr_path) in order. Four threads decode, eight images ahead."""
+    """Yields lr, hr, lr, hr, … of each (path, lr_path) in order. Four threads decode, eight images at a time."""
     with ThreadPoolExecutor(4) as pool, tqdm(None, "decoding", len(jobs), disable=len(jobs) < 50) as bar:
         for i in range(0, len(jobs), 8):
             for lr_hr in pool.map(lambda job: read_pair(*job, scale, least), jobs[i:i + 8]):

@@ -205,14 +205,14 @@ def spread(values, digits=2):
     return " ± ".join(f"{number:.{digits}f}" for number in numbers)
 
 
-def differences(arm, reference, n, where="B100"):
-    """The best checkpoints of an arm minus those of another, for each seed that both have: [dB]."""
-    ours, theirs = (psnrs(a, n, "best", where) for a in (arm, reference))
+def differences(arm, reference, n):
+    """B100 of an arm's best checkpoints minus those of another, for each seed that both have: [dB]."""
+    ours, theirs = (psnrs(a, n, "best", "B100") for a in (arm, reference))
     return [ours[seed] - theirs[seed] for seed in sorted(ours) if seed in theirs]
 
 
 def gain(arm, reference, n):
-    """The mean of these differences on B100 with its 95 % t-interval, as text."""
+    """The mean of these differences with its 95 % t-interval, as text."""
     values = differences(arm, reference, n)
     if arm == reference or not values:
         return "–"
