@@ -241,7 +241,7 @@ def _spill(pictures, memory, table, file):
 
 
 def _decoded(jobs, scale, least):
-    """Yields lr, hr, lr, hr, … of each (path, lr_path) in order. Four threads decode, eight images at a time."""
+    """Yields lr, hr of each (path, lr_path) in order. Four threads decode eight images at a time."""
     with ThreadPoolExecutor(4) as pool, tqdm(None, "decoding", len(jobs), disable=len(jobs) < 50) as bar:
         for i in range(0, len(jobs), 8):
             for lr_hr in pool.map(lambda job: read_pair(*job, scale, least), jobs[i:i + 8]):
