@@ -36,20 +36,32 @@ import evaluate  # noqa: E402
 FIXED = ("--teacher edsr_baseline.pt --student small --steps 600 --batch 4 --patch 48 "
          "--lr 5e-4 --schedule cosine")
 
-# An arm is the flags that follow FIXED. Where both name a flag, the arm's counts.
+# The arms: by its label, the flags that follow FIXED. Where both name a flag, the arm's counts.
 # START makes the student that the other arms of its seed and images go on from.
-START = "--method scratch --steps 4000 --patch 24 --lr 1e-3"
-KD, DUKD, ZOOM_IN, ZOOM_OUT = "--method kd", "--method dukd", "--no-zoom-out", "--no-zoom-in"
-SCRATCH, LABELS_OUT = "--method scratch", "--no-zoom-in --no-zoom-out-rec"
-MAIN = [START, SCRATCH, KD, ZOOM_IN, DUKD]
+START = "the start"
 TERMS = {
-    START: "the start", KD: "KD", SCRATCH: "scratch",
-    f"{SCRATCH} --lambda-dukd 1 --no-zoom-in --no-zoom-out --zoom-out-rec": "zoom_out_rec alone",
-    f"{KD} --lambda-rec 5": "KD, λ_rec 5", ZOOM_IN: "zoom-in", ZOOM_OUT: "zoom-out",
-    LABELS_OUT: "zoom-out without zoom_out_rec", DUKD: "DUKD",
-    "--no-zoom-out-rec": "DUKD without zoom_out_rec", "--method dukd_released": "DUKD, released weights"}
-LONG = " --steps 3000"
-LABELS = TERMS | {arm + LONG: f"{TERMS[arm]}, 3,000 steps" for arm in (KD, ZOOM_IN, DUKD)}
+    START: "--method scratch --steps 4000 --patch 24 --lr 1e-3",
+    "KD": "--method kd",
+    "scratch": "--method scratch",
+    "zoom_out_rec alone": "--method scratch --lambda-dukd 1 --no-zoom-in --no-zoom-out --zoom-out-rec",
+    "KD, λ_rec 5": "--method kd --lambda-rec 5",
+    "zoom-in": "--no-zoom-out",
+    "zoom-out": "--no-zoom-in",
+    "zoom-out without zoom_out_rec": "--no-zoom-in --no-zoom-out-rec",
+    "DUKD": "--method dukd",
+    "DUKD without zoom_out_rec": "--no-zoom-out-rec",
+    "DUKD, released weights": "--method dukd_released",
+}
+START_OF_P = "the start of P"  # made where P's other runs are made
+ARMS = TERMS | {START_OF_P: TERMS[START]}
+
+
+def lasting(arm, steps):
+    """The label of an arm that takes so many steps, which becomes one of ARMS."""
+    label = f"{arm}, {steps:,} steps"
+    ARMS[label] = f"{TERMS[arm]} --steps {steps}"
+    return label
+
 
 # The training images: so many small photographs, or all large ones, as they are or reduced to a quarter.
 ALL, LARGE, REDUCED = 881, "2K", "2K reduced"
@@ -60,16 +72,28 @@ def grid(arms, sets, seeds):
     return [(arm, n, seed) for seed in range(seeds) for arm in arms for n in sets]
 
 
+def of_each_length(lengths, seeds):
+    """KD and zoom-in for all lengths [(training images, steps)] of a seed before the next seed."""
+    return [run for seed in range(seeds) for n, steps in lengths
+            for run in ((lasting("KD", steps), n, seed), (lasting("zoom-in", steps), n, seed))]
+
+
+MAIN = [START, "scratch", "KD", "zoom-in", "DUKD"]
+FEW = [(128, 2400), (8, 150), (32, 600), (8, 600), (128, 600), (32, 150), (32, 2400), (8, 2400), (128, 150)]
+MANY = [(ALL, 600), (ALL, 4100), (ALL, 10_000)]
 STUDIES = {
     "L": grid(TERMS, [ALL, LARGE], 2),
-    "M": grid([KD, ZOOM_IN, ZOOM_OUT, LABELS_OUT], [LARGE, REDUCED], 2),
+    "M": grid(["KD", "zoom-in", "zoom-out", "zoom-out without zoom_out_rec"], [LARGE, REDUCED], 2),
     "N": grid(MAIN, [ALL, LARGE], 2) + grid(MAIN, [2, 8, 32, 128], 3),
-    "O": grid([KD + LONG, ZOOM_IN + LONG, DUKD + LONG], [LARGE], 1),
+    "O": grid([lasting(arm, 3000) for arm in ("KD", "zoom-in", "DUKD")], [LARGE], 1),
+    "P": grid([START_OF_P], [128, 8, 32], 3) + grid([START_OF_P], [ALL], 2)
+    + of_each_length(FEW + MANY, 2) + of_each_length(FEW, 3)[-2 * len(FEW):]
+    + [(lasting("DUKD", steps), n, 0) for n, steps in ((128, 2400), (ALL, 10_000))],
 }
 
 
 def folder(arm, n, seed):
-    return RUNS / f"{re.sub(r'[^a-z0-9]+', '_', arm).strip('_')}_n{n}_s{seed}".replace(" ", "_")
+    return RUNS / f"{re.sub('[^a-z0-9]+', '_', arm.lower()).strip('_')}_n{n}_s{seed}".replace(" ", "_")
 
 
 def prepare(place):
@@ -115,12 +139,12 @@ def call(log, program, *words):
                        env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 
-def train_and_score(arm, n, seed, images, place):
-    """One run: its record for the JSON."""
+def train_and_score(arm, n, seed, start, images, place):
+    """One run: its record for the JSON. start: the arm from whose best weights it goes on."""
     out = folder(arm, n, seed)
-    words = shlex.split(f"{FIXED} {arm} --seed {seed} --val {RUNS}/held --cache {RUNS}/cache --out {out}")
-    if arm != START:
-        words += ["--init", str(folder(START, n, seed) / "best.pt")]
+    words = shlex.split(f"{FIXED} {ARMS[arm]} --seed {seed} --val {RUNS}/held --cache {RUNS}/cache --out {out}")
+    if arm != start:
+        words += ["--init", str(folder(start, n, seed) / "best.pt")]
     words += ["--data", str(images)]
     resumed, began = (out / "config.json").exists(), time.time()
     call(f"{out}.log", "train.py", *(["--resume", "--out", out] if resumed else words))
@@ -134,25 +158,30 @@ def train_and_score(arm, n, seed, images, place):
                   precision=about["config"]["precision"],
                   held_out_by_step=held_out, seconds=None if resumed else round(seconds),
                   **{key: about[key] for key in ("git", "versions", "device_name", "started")})
-    record["best"] = score(out / "best.pt", best, place)
-    record["end"] = record["best"] if best == end else score(out / "student.pt", end, place)
+    record["best"] = score(out, "best.pt", best, place)
+    record["end"] = record["best"] if best == end else score(out, "student.pt", end, place)
+    trained_on = out / "trained_on"
+    copy(sorted(images.iterdir())[:16], trained_on)
+    of_pictures = ["edsr_baseline.pt", "bicubic", "--data", trained_on, RUNS / "held"]
+    record["pictures"] = {Path(name).stem: {place: scores["psnr"] for place, scores in row.items()}
+                          for name, row in table_of(out, "best.pt", *of_pictures).items()}
     return record
 
 
-def score(file, point, place):
+def score(out, file, point, place):
     """A checkpoint's step, its held-out PSNR, its scores on the test sets, and B100 against the teacher."""
     sets = [place / name for name in ("Set5", "Set14", "B100")]
-    scores = table_of(file, *sets)
-    to_teacher = table_of(file, sets[-1], "--against", "edsr_baseline.pt")
+    scores, = table_of(out, file, "--data", *sets).values()
+    to_teacher, = table_of(out, file, "--data", sets[-1], "--against", "edsr_baseline.pt").values()
     return dict(step=point[0], held_out=point[1], **scores, to_teacher=to_teacher["B100"])
 
 
-def table_of(file, *words):
-    """{set: PSNR and SSIM} of a network, from evaluate.py."""
-    table = file.with_suffix(".json")
-    call(f"{file.parent}.log", "evaluate.py", file, "--data", *words, "--json", table)
-    scores = json.loads(table.read_text())["results"][str(file)]
-    return {Path(s).name: {k: scores[s][k] for k in ("psnr", "ssim")} for s in scores}
+def table_of(out, file, *words):
+    """{model: {set: PSNR and SSIM}} of a file in a run folder and of other models, from evaluate.py."""
+    call(f"{out}.log", "evaluate.py", out / file, *words, "--json", out / "table.json")
+    results = json.loads((out / "table.json").read_text())["results"]
+    return {model: {Path(place).name: {key: scores[key] for key in ("psnr", "ssim")} for place, scores in row.items()}
+            for model, row in results.items()}
 
 
 @functools.cache
@@ -165,14 +194,15 @@ def records():
 
 def run(study, place, seeds, jobs):
     """Makes the runs of a study that have no record yet, `jobs` at a time. The starts are made first."""
-    pool = prepare(place)
+    pool, start = prepare(place), START_OF_P if study == "P" else START
     missing = [one for one in STUDIES[study] if one not in records() and one[2] < seeds]
-    needed = dict.fromkeys((START, n, seed) for _, n, seed in missing)
+    needed = dict.fromkeys((start, n, seed) for _, n, seed in missing)
     starts = [one for one in needed if one not in records() or not (folder(*one) / "best.pt").exists()]
     print(f"{study}: {len(missing)} runs to make", flush=True)
-    for part in (starts, [one for one in missing if one[0] != START]):
+    for part in (starts, [one for one in missing if one[0] != start]):
         executor = concurrent.futures.ThreadPoolExecutor(jobs)
-        tasks = [executor.submit(train_and_score, arm, n, seed, training_images(n, seed, pool, place), place)
+        tasks = [executor.submit(train_and_score, arm, n, seed, start, training_images(n, seed, pool, place),
+                                 place)
                  for arm, n, seed in part]
         try:
             for task in concurrent.futures.as_completed(tasks):
@@ -226,19 +256,19 @@ def gain(arm, reference, n):
 def table(study, over="KD"):
     """The lines of a study's table, in Markdown. Scores: mean ± standard deviation over the seeds.
     Differences are to the arm with the label `over`."""
-    reference = next(arm for arm in LABELS if LABELS[arm] == over) + (LONG if study == "O" else "")
     yield f"| images | method | seeds | held out | Set5 | Set14 | B100 | B100 over {over} | to the teacher |"
     yield "|---|---|---|---|---|---|---|---|---|"
     runs = STUDIES[study]
     for n in dict.fromkeys(n for _, n, _ in runs):
         for arm in dict.fromkeys(arm for arm, m, _ in runs if m == n):
+            length = re.search(r"(, [\d,]+ steps)?$", arm)[0]  # an arm is compared with one of its length
             held, set5, set14, b100, to_teacher = (
                 list(psnrs(arm, n, "best", where).values())
                 for where in ("held_out", "Set5", "Set14", "B100", "to_teacher"))
             if held:
                 scores = [spread(held), spread(set5), spread(set14), spread(b100, 3)]
-                yield (f"| {n} | {LABELS[arm]} | {len(held)} | {' | '.join(scores)} | "
-                       f"{gain(arm, reference, n)} | {spread(to_teacher)} |")
+                yield (f"| {n} | {arm} | {len(held)} | {' | '.join(scores)} | "
+                       f"{gain(arm, over + length, n)} | {spread(to_teacher)} |")
 
 
 def runs_table(folders):
@@ -255,7 +285,7 @@ def runs_table(folders):
 
 
 # What --plot draws. At the left, a curve of each arm; at the right, a set of images, a marker and its height.
-CURVES = {ZOOM_IN: "o-", DUKD: "s-", SCRATCH: "^-"}
+CURVES = {"zoom-in": "o-", "DUKD": "s-", "scratch": "^-"}
 SETS = [(ALL, "881 photographs of 0.1 megapixels", "o", 0.2),
         (LARGE, "50 photographs of 2.8 megapixels", "s", 0),
         (REDUCED, "the same 50, reduced to a quarter", "D", -0.2)]
@@ -271,23 +301,23 @@ def plot():
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    counts = [n for n in (2, 8, 32, 128, ALL) if differences(ZOOM_IN, KD, n)]
+    counts = [n for n in (2, 8, 32, 128, ALL) if differences("zoom-in", "KD", n)]
     for arm, style in CURVES.items():
-        points = [(n, value) for n in counts for value in differences(arm, KD, n)]
-        means = [np.mean(differences(arm, KD, n)) for n in counts]
-        line, = left.plot(counts, means, style, label=TERMS[arm])
+        points = [(n, value) for n in counts for value in differences(arm, "KD", n)]
+        means = [np.mean(differences(arm, "KD", n)) for n in counts]
+        line, = left.plot(counts, means, style, label=arm)
         left.plot(*zip(*points), style[0], color=line.get_color(), markersize=3)
     left.axhline(0, color="gray", linewidth=1)
     left.set_xscale("log", base=2)
     left.set(xticks=counts, xticklabels=counts, xlabel="training photographs of 0.1 megapixels",
              ylabel="B100: PSNR over KD, dB")
 
-    arms = [arm for arm in reversed(TERMS) if arm not in (START, KD)]
+    arms = [arm for arm in reversed(TERMS) if arm not in (START, "KD")]
     for n, label, marker, height in SETS:
-        points = [(value, i + height) for i, arm in enumerate(arms) for value in differences(arm, KD, n)]
+        points = [(value, i + height) for i, arm in enumerate(arms) for value in differences(arm, "KD", n)]
         right.plot(*zip(*points), marker, label=label, markersize=5)
     right.axvline(0, color="gray", linewidth=1)
-    right.set(yticks=range(len(arms)), yticklabels=[TERMS[arm] for arm in arms],
+    right.set(yticks=range(len(arms)), yticklabels=arms,
               xlabel="B100: PSNR over KD, dB")
     right.locator_params("x", nbins=5)
     for axes in (left, right):
@@ -304,7 +334,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=9, metavar="N", help="only seeds below N")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time [one a core]")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--over", choices=TERMS.values(), default="KD", metavar="ARM",
+    parser.add_argument("--over", choices=TERMS, default="KD", metavar="ARM",
                         help="the arm that the others are compared with [KD]")
     parser.add_argument("--runs", nargs="+", type=Path, default=[], metavar="DIR", help="tabulate these runs")
     parser.add_argument("--plot", action="store_true")
