@@ -50,6 +50,25 @@ def upsampler(channels, scale):
     return nn.Sequential(*[module for stage in stages for module in stage])
 
 
+def shuffle_then_conv(x, r, conv):
+    """conv(F.pixel_shuffle(x, r)) for a 3×3 convolution with padding 1, computed before the shuffle: the same
+    sums, but of c·r² → k·r² channels, which suit a processor's bfloat16 units better than c → 3 at r² as many
+    positions. It multiplies r² times as often, mostly by 0, so that float32 does not gain.
+    x (N,c·r²,h,w), conv c → k. Returns (N,k,r·h,r·w).
+    The shuffle turns the 3×3 pixels around (i,j) of x into 3r×3r. Output pixel (r·i + p, r·j + q) sees 3×3 of
+    them, shifted by (p,q). So each (p,q) has a kernel of its own: `conv.weight` at that place among zeros,
+    unshuffled. At the border, zeros around the shuffled map are zeros around x."""
+    kernels = []
+    for p in range(r):
+        for q in range(r):
+            left_right_top_bottom = (r - 1 + q, 2 * r - 2 - q, r - 1 + p, 2 * r - 2 - p)
+            kernels.append(F.pad(conv.weight, left_right_top_bottom))  # (k,c,3r,3r)
+    kernel = torch.stack(kernels, dim=1).flatten(0, 1)  # (k·r²,c,3r,3r), in the order of a shuffle
+    kernel = F.pixel_unshuffle(kernel, r)  # (k·r²,c·r²,3,3)
+    bias = conv.bias.repeat_interleave(r * r)
+    return F.pixel_shuffle(F.conv2d(x, kernel, bias, padding=1), r)
+
+
 class SRNetwork(nn.Module):
     """What the networks share. EDSR and RCAN differ only in `body`. SwinIR has a `forward` of its own."""
     receptive_radius = None
@@ -65,16 +84,20 @@ class SRNetwork(nn.Module):
     def forward(self, x):
         x = self.conv_first((x - self.mean) * self.img_range)
         x = self.conv_after_body(self.body(x)) + x
-        return self.picture(self.conv_last, self.upsample(x))
+        return self.picture(self.enlarge(x))
 
-    def picture(self, last, features):
-        """RGB in [0,1] from features (N,c,h,w): the layer `last`, the range and the mean.
-        Autocast is off here. Its bfloat16 has 8 significant bits, about as coarse as a picture in uint8."""
-        device = features.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)  # "meta" knows no autocast
-        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-            y = last(features.to(next(last.parameters()).dtype))
-            return y.to(self.mean.dtype) / self.img_range + self.mean
+    def enlarge(self, features):
+        """conv_last(upsample(features)): (N,c,h,w) to (N,3,s·h,s·w)."""
+        if features.dtype != torch.bfloat16:
+            return self.conv_last(self.upsample(features))
+        *layers, shuffle = self.upsample
+        for layer in layers:
+            features = layer(features)
+        return shuffle_then_conv(features, shuffle.upscale_factor, self.conv_last)
+
+    def picture(self, y):
+        """RGB in [0,1], float32 also under autocast, from what the last layer returns."""
+        return y.to(self.mean.dtype) / self.img_range + self.mean
 
 
 class ResidualBlock(nn.Module):
@@ -303,10 +326,8 @@ class SwinIR(SRNetwork):
         for stage, keep in zip(self.layers, factors):
             y = stage(y, mask, keep)
         y = self.conv_after_body(self.norm(y).permute(0, 3, 1, 2)) + x
-        if not self.direct:
-            y = self.upsample(self.conv_before_upsample(y))
-        y = self.picture(self.upsample if self.direct else self.conv_last, y)
-        return y[..., :h * self.scale, :w * self.scale]
+        y = self.upsample(y) if self.direct else self.enlarge(self.conv_before_upsample(y))
+        return self.picture(y)[..., :h * self.scale, :w * self.scale]
 
     def authors_buffers(self):
         """The constants that the authors' files hold beside the weights. Their masks fit a 48×48 input."""
