@@ -1,33 +1,49 @@
-"""Data Upcycling Knowledge Distillation (DUKD, arXiv 2309.14162), and the losses it is compared with.
+"""Data Upcycling Knowledge Distillation (DUKD, arXiv 2309.14162), and the losses that it is compared with.
 
 A student f_S learns from a frozen teacher f_T: on the training pairs (I_LR, I_HR), and on new inputs z that
-are made out of them. No ground truth is needed for a new input, since the teacher labels it.
+are made out of them. Only the teacher can label a new input. The paper's loss, with weights λ:
 
-    (1)  L      = L_rec + λ_kd·L_kd + λ_dukd·L_dukd
-    (2)  L_rec  = |f_S(I_LR) − I_HR|                    learn the ground truth
-    (3)  L_kd   = |f_S(I_LR) − f_T(I_LR)|               learn the teacher's answer
-    (4)  L_dukd = Σ |F⁻¹(f_S(F(z))) − f_T(z)|           learn the teacher's label of each new input z:
-             zoom in    z = a random crop of I_HR, of the LR patch's size
-             zoom out   z = I_LR, bicubically reduced by s again
-    (5)         + |f_S(z) − I_LR|                       for z of zoom-out: its ground truth is I_LR
+    L = L_rec + λ_kd·L_kd + λ_dukd·L_dukd
+
+`losses` computes each term. It trains in train.py, and it is the function to copy:
+
+    rec            |f_S(I_LR) − I_HR|             L_rec: learn the ground truth
+    kd             |f_S(I_LR) − f_T(I_LR)|        L_kd: learn the teacher's answer
+    zoom_in        |F⁻¹(f_S(F(z))) − f_T(z)|      L_dukd, zoom in: z is a crop of I_HR, as large as I_LR
+    zoom_out       |f_S(z) − f_T(z)|              L_dukd, zoom out: z is I_LR, bicubically reduced by s again
+    zoom_out_rec   |f_S(z) − I_LR|                L_dukd: the ground truth of that z is I_LR
+    fitnet, at, fakd                              compare feature maps inside the two networks
 
 F is an invertible augmentation: it flips, transposes, inverts colours. The student sees F(z), the teacher z.
 F⁻¹ undoes F on the student's output. So the student must give the same answer whatever F does to z.
-(5) is in the paper's text, not in its equation. The released code weighs (2) and (5) with a λ_rec, 5 for
-EDSR, and counts (2) and (3) twice. It applies F to zoom-in only, as train.py does by default.
+zoom_out_rec is in the paper's text, not in its equation.
 
 Shapes: N samples, C = 3 colours, h×w the LR patch, s the scale. Pictures are floats in [0,1]. |·| is the mean
-absolute error. The numbers are this file's. The file needs torch only: copy it, or one function of it.
+absolute error. To copy: the file, which needs torch only. Or parts of it: `zoom_in`, `InvertibleAugmentation`
+and the feature losses stand alone; `zoom_out` takes `bicubic_taps` and `bicubic_matrix` along; `losses`, all.
 """
-import contextlib
+import functools
 import math
 
 import torch
 import torch.nn.functional as nnf
 
+TERMS = ("rec", "kd", "zoom_in", "zoom_out", "zoom_out_rec", "fitnet", "at", "fakd")
+
+# A method is the weight of each term. λ_dukd is the weight of zoom_in, zoom_out and zoom_out_rec alike.
+METHODS = {
+    "dukd": dict(rec=1, kd=1, zoom_in=1, zoom_out=1, zoom_out_rec=1),
+    "zoom_in": dict(rec=1, kd=1, zoom_in=1),
+    "kd": dict(rec=1, kd=1),
+    "scratch": dict(rec=1),
+    "fitnet": dict(rec=1, fitnet=1),
+    "at": dict(rec=1, at=1),
+    "fakd": dict(rec=1, kd=1, fakd=10),
+}
+
 
 def zoom_in(hr, size, generator=None):
-    """z of zoom-in (4): one crop of the LR patch's size at a random place of each HR patch.
+    """z of zoom-in: one crop of the LR patch's size at a random place of each HR patch.
     It is a piece of a photograph of h×w pixels, as every LR patch is. Its ground truth would be s times as
     fine, and does not exist: the teacher's label stands in for it.
     hr: I_HR (N,C,H,W). size: h, or (h, w). generator: on hr's device. Returns z (N,C,h,w), a copy.
@@ -39,24 +55,26 @@ def zoom_in(hr, size, generator=None):
     top = torch.randint(H - h + 1, (n, 1), generator=generator, device=hr.device)
     left = torch.randint(W - w + 1, (n, 1), generator=generator, device=hr.device)
     rows = top + torch.arange(h, device=hr.device)  # (N,h)
-    cols = left + torch.arange(w, device=hr.device)  # (N,w)
+    columns = left + torch.arange(w, device=hr.device)  # (N,w)
     sample = torch.arange(n, device=hr.device)[:, None, None]
-    return hr[sample, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    z = hr[sample, :, rows[:, :, None], columns[:, None, :]]  # (N,h,w,C)
+    return z.permute(0, 3, 1, 2).contiguous()
 
 
 def zoom_out(lr, scale):
-    """z of zoom-out (4): the LR patches reduced by s once more, with MATLAB's bicubic.
-    lr: I_LR (N,C,h,w). Returns z (N,C,h/s,w/s), neither rounded nor clipped. Its ground truth is I_LR (5).
+    """z of zoom-out: the LR patches reduced by s once more, with MATLAB's bicubic. Never in bfloat16.
+    lr: I_LR (N,C,h,w). Returns z (N,C,h/s,w/s), neither rounded nor clipped. Its ground truth is I_LR.
     ValueError where h or w is no multiple of s, since f_S(z) would not cover I_LR then."""
     h, w = lr.shape[-2:]
     if h % scale or w % scale:
-        raise ValueError(f"zoom_out: patches of {h}x{w} are not a multiple of the scale {scale}")
-    reduce_rows = bicubic_matrix(h, 1 / scale, lr)  # (h/s,h)
-    reduce_columns = bicubic_matrix(w, 1 / scale, lr)  # (w/s,w)
-    return reduce_rows @ lr @ reduce_columns.T
+        raise ValueError(f"zoom-out needs patches of a multiple of the scale {scale}, not {h}x{w}")
+    reduce_rows = bicubic_matrix(h, 1 / scale, lr.dtype, lr.device)  # (h/s,h)
+    reduce_columns = bicubic_matrix(w, 1 / scale, lr.dtype, lr.device)  # (w/s,w)
+    with torch.autocast(lr.device.type, enabled=False):
+        return reduce_rows @ lr @ reduce_columns.T
 
 
-def bicubic_taps(n, factor, device=None):
+def bicubic_taps(n, factor):
     """MATLAB's bicubic of n samples in a row: sample k of the result is Σ_t weights[k,t]·x[index[k,t]].
     When reducing, the cubic kernel (a = −1/2) is stretched by 1/factor, against aliasing. Result k = 1, 2, …
     lies at u = k/factor + ½(1 − 1/factor) of x_1, x_2, …. Edges repeat symmetrically.
@@ -64,9 +82,9 @@ def bicubic_taps(n, factor, device=None):
     stretch = min(factor, 1.0)
     width = 4 / stretch  # of the kernel
     m = math.ceil(n * factor - 1e-9)  # 50·1.1 must not round up
-    u = torch.arange(1, m + 1, dtype=torch.float64, device=device) / factor + 0.5 * (1 - 1 / factor)
+    u = torch.arange(1, m + 1, dtype=torch.float64) / factor + 0.5 * (1 - 1 / factor)
     first = torch.floor(u - width / 2)[:, None]
-    place = first + torch.arange(math.ceil(width) + 2, device=device)  # (m,taps)
+    place = first + torch.arange(math.ceil(width) + 2)  # (m,taps)
     d = ((u[:, None] - place) * stretch).abs()
     near = 1.5 * d ** 3 - 2.5 * d ** 2 + 1
     far = -0.5 * d ** 3 + 2.5 * d ** 2 - 4 * d + 2
@@ -76,11 +94,12 @@ def bicubic_taps(n, factor, device=None):
     return torch.where(index < n, index, 2 * n - 1 - index), weights
 
 
-def bicubic_matrix(n, factor, like):
-    """`bicubic_taps` as a matrix (m,n), of the dtype and on the device of `like`: resized = matrix @ x."""
-    index, weights = bicubic_taps(n, factor, like.device)
-    here = index[:, :, None] == torch.arange(n, device=like.device)  # (m,taps,n)
-    return (weights[:, :, None] * here).sum(1).to(like.dtype)
+@functools.cache  # so a training step computes no weights, and copies none to a GPU
+def bicubic_matrix(n, factor, dtype, device):
+    """`bicubic_taps` as a matrix (m,n): resized = matrix @ x."""
+    index, weights = bicubic_taps(n, factor)
+    here = index[:, :, None] == torch.arange(n)  # (m,taps,n)
+    return (weights[:, :, None] * here).sum(1).to(dtype).to(device)
 
 
 def bicubic_resize(x, factor, dims=(-2, -1)):
@@ -88,11 +107,14 @@ def bicubic_resize(x, factor, dims=(-2, -1)):
     Size n becomes ⌈n·factor⌉. Differentiable; no rounding, no clipping. Taps are added one by one in MATLAB's
     order, so that float64 rounds as MATLAB does. (Small patches: `zoom_out` is faster.)"""
     for dim in dims:
-        index, weights = bicubic_taps(x.shape[dim], factor, x.device)
+        index, weights = bicubic_taps(x.shape[dim], factor)
+        index, weights = index.to(x.device), weights.to(x.dtype).to(x.device)
         column = [1] * x.dim()  # a tap's weights as a column along dim
         column[dim] = len(weights)
-        taps = zip(index.T, weights.to(x.dtype).T)
-        x = sum(weight.view(column) * x.index_select(dim, i) for i, weight in taps)
+        resized = 0
+        for i, weight in zip(index.T, weights.T):
+            resized = resized + weight.view(column) * x.index_select(dim, i)
+        x = resized
     return x
 
 
@@ -146,33 +168,8 @@ class InvertibleAugmentation:
         return torch.where(mask.view(-1, 1, 1, 1).to(x.device), changed, x)
 
 
-def dukd_loss(student_z, teacher_z, augmentation=None):
-    """A new input's part of L_dukd (4): |F⁻¹(f_S(F(z))) − f_T(z)|, a scalar.
-    student_z: f_S(F(z)) (N,C,s·h,s·w), carries the gradient. teacher_z: f_T(z), of z before F, carries none.
-    augmentation: the F that z passed through, or None."""
-    answer = student_z if augmentation is None else augmentation.invert(student_z)
-    return nnf.l1_loss(answer, teacher_z.detach())
-
-
-def upcycling_loss(student, teacher, lr, hr, p=0.3, generator=None):
-    """All of L_dukd, (4) with (5), of a batch of training pairs: a scalar to add to a loss of your own.
-    student, teacher: f_S and f_T, (N,3,h,w) → (N,3,s·h,s·w), both for [0,1]. Only f_S gets gradients. Put f_T
-    into eval mode. train.py's `losses` has the same terms, and shares forwards between them.
-    lr: I_LR (N,3,h,w), h and w multiples of s. hr: I_HR (N,3,s·h,s·w). F is drawn with probability p, for
-    zoom-in; patches that are not square are not transposed. generator: on lr's device."""
-    z_in = zoom_in(hr, lr.shape[-2:], generator)
-    z_out = zoom_out(lr, hr.shape[-1] // lr.shape[-1])
-    square = lr.shape[-1] == lr.shape[-2]
-    ops = [op for op in InvertibleAugmentation.OPERATIONS if square or op != "transpose"]
-    F = InvertibleAugmentation.sample(len(lr), ops, p, generator, lr.device)
-    with torch.no_grad():
-        t_in, t_out = teacher(z_in), teacher(z_out)
-    s_in, s_out = student(F.apply(z_in)), student(z_out)
-    return dukd_loss(s_in, t_in, F) + dukd_loss(s_out, t_out) + nnf.l1_loss(s_out, lr)
-
-
 # The feature losses take the student's feature map (N,c_S,h,w) and the teacher's (N,c_T,h,w). The widths may
-# differ. The student's map carries the gradient, the teacher's carries none.
+# differ. The student's map carries the gradient, the teacher's carries none. They compute in float32.
 def fitnet_loss(student, teacher):
     """After FitNet (Romero et al., ICLR 2015): |g_S − g_T| of the channel means g (N,h,w). The original
     compares through a learned layer; means need none, of whatever widths."""
@@ -193,34 +190,107 @@ def fakd_loss(student, teacher):
     def affinity(f):
         f = nnf.normalize(f.float().flatten(2), dim=1)
         return f.transpose(1, 2) @ f
-    return nnf.l1_loss(affinity(student), affinity(teacher.detach()))
+    with torch.autocast(student.device.type, enabled=False):
+        return nnf.l1_loss(affinity(student), affinity(teacher.detach()))
 
 
-def together(net, inputs):
-    """{name: net(x), float32} of inputs {name: x}. Those of one size share a forward, in their order."""
-    outputs = {}
-    for shape in dict.fromkeys(x.shape[1:] for x in inputs.values()):
-        names = [name for name, x in inputs.items() if x.shape[1:] == shape]
-        batch = torch.cat([inputs[name] for name in names])
-        parts = net(batch).float().split([len(inputs[name]) for name in names])
-        outputs |= zip(names, parts)
-    return outputs
+def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentation.OPERATIONS, p=0.3,
+           augment_zoom_out=False, taps=(), generator=None):
+    """The terms of L for a batch of training pairs: {term: scalar}, not yet weighted.
+        terms = losses(f_S, f_T, lr, hr, METHODS["dukd"])
+        L = sum(METHODS["dukd"][name] * term for name, term in terms.items())
+    student, teacher: f_S and f_T, (N,3,h,w) → (N,3,s·h,s·w), in [0,1]. Only f_S gets gradients. Freeze f_T,
+      and put it into eval mode; None if no term needs it. Wrap a network that works in another range, as in
+      [−1,1]: lambda x: net(2 * x - 1) / 2 + 0.5. L1 grows with the range: in [0,255] it is 255 times as large.
+    lr: I_LR (N,3,h,w). hr: I_HR (N,3,s·h,s·w). For zoom-out, h and w are multiples of s.
+    weights: {term: λ}, as in METHODS. What has no weight, or 0, is not computed.
+    crops: zoom-in crops of each HR patch. ops, p: F, see `InvertibleAugmentation`; p = 0 leaves it out.
+      Patches that are not square are not transposed. augment_zoom_out: F acts on zoom-out, too.
+    taps: for fitnet, at and fakd, pairs (module of f_S, module of f_T): their outputs for I_LR are compared.
+    generator: draws z and F, on lr's device. Autocast is the caller's. ValueError for what does not fit."""
+    on = {term for term, weight in weights.items() if weight}
+    feature_terms = on & {"fitnet", "at", "fakd"}
+    if unknown := on - {*TERMS}:
+        raise ValueError(f"unknown term '{min(unknown)}'; known: {', '.join(TERMS)}")
+    if teacher is None and on - {"rec", "zoom_out_rec"}:
+        raise ValueError(f"{min(on - {'rec', 'zoom_out_rec'})} needs a teacher")
+    if feature_terms and not taps:
+        raise ValueError(f"{min(feature_terms)} needs taps, pairs of modules whose outputs are compared")
+    n, _, h, w = lr.shape
+    if h != w:
+        ops = [op for op in ops if op != "transpose"]
+
+    to_student, to_teacher = {}, {}  # {name: input}
+    if "rec" in on or "kd" in on or feature_terms:
+        to_student["lr"] = lr
+    if "kd" in on or feature_terms:
+        to_teacher["lr"] = lr
+    if "zoom_in" in on:
+        z_in = zoom_in(hr.repeat_interleave(crops, dim=0), (h, w), generator)  # (N·crops,3,h,w)
+        F_in = InvertibleAugmentation.sample(n * crops, ops, p, generator, lr.device)
+        to_student["z_in"] = F_in.apply(z_in)
+        to_teacher["z_in"] = z_in
+    if "zoom_out" in on or "zoom_out_rec" in on:
+        z_out = zoom_out(lr, hr.shape[-1] // w)  # (N,3,h/s,w/s)
+        F_out = InvertibleAugmentation.sample(n, ops if augment_zoom_out else (), p, generator, lr.device)
+        to_student["z_out"] = F_out.apply(z_out)
+    if "zoom_out" in on:
+        to_teacher["z_out"] = z_out
+
+    taps = taps if feature_terms else ()
+    with torch.no_grad():
+        t, t_maps = forward(teacher, to_teacher, [module for _, module in taps])
+    s, s_maps = forward(student, to_student, [module for module, _ in taps])
+
+    terms = {}
+    if "rec" in on:
+        terms["rec"] = nnf.l1_loss(s["lr"], hr)
+    if "kd" in on:
+        terms["kd"] = nnf.l1_loss(s["lr"], t["lr"])
+    if "zoom_in" in on:
+        terms["zoom_in"] = nnf.l1_loss(F_in.invert(s["z_in"]), t["z_in"])
+    if "zoom_out" in on:
+        terms["zoom_out"] = nnf.l1_loss(F_out.invert(s["z_out"]), t["z_out"])
+    if "zoom_out_rec" in on:
+        terms["zoom_out_rec"] = nnf.l1_loss(F_out.invert(s["z_out"]), lr)
+    if "fitnet" in on:
+        terms["fitnet"] = sum_over_taps(fitnet_loss, s_maps["lr"], t_maps["lr"])
+    if "at" in on:
+        terms["at"] = sum_over_taps(at_loss, s_maps["lr"], t_maps["lr"])
+    if "fakd" in on:
+        terms["fakd"] = sum_over_taps(fakd_loss, s_maps["lr"], t_maps["lr"])
+    return terms
 
 
-@contextlib.contextmanager
-def tapped(model, names):
-    """Catches what named submodules return when first called: `with tapped(model, names) as f: model(x)`.
-    Yields {name: feature map}, which the forward fills. AttributeError for a name that the model lacks."""
-    features = {}
+def sum_over_taps(distance, s_maps, t_maps):
+    """The sum of a feature loss over pairs of feature maps. ValueError where their sizes differ."""
+    total = 0
+    for s_map, t_map in zip(s_maps, t_maps):
+        if s_map.shape[-2:] != t_map.shape[-2:]:
+            sizes = [f"{x.shape[-2]}x{x.shape[-1]}" for x in (s_map, t_map)]
+            raise ValueError(f"feature maps of {sizes[0]} (student) and {sizes[1]} (teacher) cannot be "
+                             "compared. SwinIR pads to a multiple of its window (8): take such patches")
+        total = total + distance(s_map, t_map)
+    return total
 
-    def catch(name):
-        def hook(module, inputs, output):
-            features.setdefault(name, output)
-        return hook
-    modules = [model.get_submodule(name) for name in names]
-    handles = [module.register_forward_hook(catch(name)) for module, name in zip(modules, names)]
+
+def forward(net, inputs, taps=()):
+    """What a network makes of inputs {name: x}: its outputs {name: y}, float32, and what its modules `taps`
+    return, {name: [map of each tap]}. Inputs of one size share a forward."""
+    outputs, maps, caught = {}, {}, {}
+
+    def catch(module, args, output):
+        caught[module] = output
+    handles = [module.register_forward_hook(catch) for module in taps]
     try:
-        yield features
+        for shape in dict.fromkeys(x.shape[1:] for x in inputs.values()):
+            names = [name for name, x in inputs.items() if x.shape[1:] == shape]
+            sizes = [len(inputs[name]) for name in names]
+            y = net(torch.cat([inputs[name] for name in names])).float()
+            outputs.update(zip(names, y.split(sizes)))
+            for i, name in enumerate(names):
+                maps[name] = [caught[module].split(sizes)[i] for module in taps]
     finally:
         for handle in handles:
             handle.remove()
+    return outputs, maps

@@ -2,7 +2,6 @@
 
     python evaluate.py student.pt teacher.pt bicubic --data Set5 Set14      a row a model, a column a set
     python evaluate.py --sr results/mine --data Set5 --scale 4              score pictures made by any tool
-    python evaluate.py --write-lr lr --data Set5 --scale 4                  LR pictures for any tool
     python evaluate.py student.pt --input photo.jpg --output big            upscale a picture, or a folder
     python evaluate.py student.pt bicubic --data Set5 --figure compare.png  crops side by side
     python evaluate.py teacher.pt student.pt --bench                        milliseconds an image, in turns
@@ -13,21 +12,16 @@ shaved off each edge. Luma Y is BT.601's in 16–235, not rounded. SSIM has an 1
 import argparse
 import contextlib
 import ctypes
-import io
 import json
 import math
-import os
+import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-if __name__ == "__main__":  # the imports take seconds: Ctrl-C ends them without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
+import imageio.v3 as iio
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -62,10 +56,13 @@ def ssim_y(sr, hr, border):
                                        sigma=1.5, use_sample_covariance=False))
 
 
-def published_bicubic(hr, scale):
+def published_bicubic(path, hr, scale):
     """The luma planes (sr, hr) that published bicubic figures compare: rounded luma alone is resized, and its
-    LR is not rounded. Bicubic of the rounded RGB picture, which networks read, scores slightly higher."""
-    y = np.floor(luma(hr) + 0.5)
+    LR is not rounded. A file of one channel keeps its values, which are not put on 16–235.
+    (Networks read RGB. Bicubic of a rounded RGB picture, as by `resizer`, scores slightly higher.)"""
+    with Image.open(path) as file:
+        grey = file.mode in ("1", "L", "LA")
+    y = hr[..., 0].astype(np.float64) if grey else np.floor(luma(hr) + 0.5)
     sr = data.imresize(data.imresize(torch.from_numpy(y), 1 / scale), scale).numpy()
     return np.floor(sr.clip(0, 255) + 0.5), y
 
@@ -119,10 +116,10 @@ def mean_of_eight(f, x):
     return sum(both(x.flip(dims)).flip(dims) for dims in ((), (-1,), (-2,), (-1, -2))) / 8
 
 
-# A maker is a function of a picture's name and its LR, uint8 (h,w,3). It returns SR, uint8 (s·h,s·w,3).
+# A maker is a function of a picture's path and its LR, uint8 (h,w,3). It returns SR, uint8 (s·h,s·w,3).
 def upscaler(network, tile=512, self_ensemble=False):
     """The maker that runs a network, on the device of its parameters. tile: as in `upscale`."""
-    def make(name, lr):
+    def make(path, lr):
         x = to_tensor(lr, next(network.parameters()).device)
         f = lambda x: upscale(network, x, tile)
         return to_uint8(mean_of_eight(f, x) if self_ensemble else f(x))
@@ -131,20 +128,26 @@ def upscaler(network, tile=512, self_ensemble=False):
 
 def resizer(scale):
     """The maker of MATLAB's bicubic."""
-    return lambda name, lr: data.imresize(lr, scale)
+    return lambda path, lr: data.imresize(lr, scale)
 
 
-def reader(place, scale):
+def reader(place, scale, names):
     """The maker that reads pictures of another tool. For baby it reads baby, babyx4 or baby_x4 in the folder
-    `place`, or else the only baby_ANY. DataError for none, for several, and for a wrong size."""
-    files = data.find_images([place])
+    `place`, or else the only babyx4_ANY or baby_ANY. names: of all HR pictures; night_sky_x4 is not night's if
+    there is a night_sky. DataError for none, for several, and for a wrong size."""
+    owned = {name: [] for name in names}
+    for file in data.find_images([place]):
+        owners = [name for name in names if re.fullmatch(rf"{re.escape(name)}(x{scale})?(_.+)?", file.stem)]
+        if owners:
+            owned[max(owners, key=len)].append(file)
 
-    def make(name, lr):
-        found = [p for p in files if p.stem in (name, f"{name}x{scale}", f"{name}_x{scale}")]
-        found = found or [p for p in files if p.stem.startswith(f"{name}_")]
+    def make(path, lr):
+        name = path.stem
+        exact = [file for file in owned[name] if file.stem in (name, f"{name}x{scale}", f"{name}_x{scale}")]
+        found = exact or owned[name]
         if len(found) != 1:
-            names = " and ".join(p.name for p in found) or "no picture"
-            raise data.DataError(f"{place} has {names} for {name}: it needs one, such as {name}_x{scale}.png")
+            files = " and ".join(file.name for file in found) or "no picture"
+            raise data.DataError(f"{place} has {files} for {name}: it needs one, such as {name}_x{scale}.png")
         sr, expected = data.read_image(found[0]), (scale * lr.shape[0], scale * lr.shape[1], 3)
         if sr.shape != expected:
             raise data.DataError(f"{found[0]} has the shape {sr.shape}, but HR, cropped, has {expected}")
@@ -152,77 +155,52 @@ def reader(place, scale):
     return make
 
 
-def in_threads(function, jobs):
-    """[function(*job) for job in jobs]. Threads compute while the caller's GPU makes the pictures of the next
-    jobs. At most eight jobs wait, because each holds pictures."""
-    results = []
-    with ThreadPoolExecutor(4) as pool:
-        for job in jobs:
-            results.append(pool.submit(function, *job))
-            if len(results) > 8:
-                results[-9].result()
-    return [result.result() for result in results]
-
-
 def mean_psnr(make, pictures, border, label):
-    """The mean of `psnr_y` over pictures [(name, lr, hr)]. make: a maker; label: its name in the bar."""
+    """The mean of `psnr_y` over pictures [(path, lr, hr)]. make: a maker; label: its name in the bar."""
     bar = tqdm(pictures, desc=f"held-out pictures, {label}", delay=1, leave=False, ncols=80)
-    jobs = ((make(name, lr), hr, border) for name, lr, hr in bar)
-    return float(np.mean(in_threads(psnr_y, jobs)))
-
-
-def read_set(place, scale):
-    """[(name, lr, hr)] of the HR pictures in a folder."""
-    least = math.ceil((2 * scale + 11) / scale)  # HR must hold two borders and SSIM's window
-    paths = data.find_images([place])
-    if len({path.stem for path in paths}) < len(paths):
-        raise data.DataError(f"{place} holds two pictures of the same name, such as a.png and a.bmp")
-    return [(path.stem, *data.read_pair(path, None, scale, least)) for path in paths]
+    return float(np.mean([psnr_y(make(path, lr), hr, border) for path, lr, hr in bar]))
 
 
 def score(make, pictures, scale, published):
-    """The mean PSNR and SSIM over pictures [(name, lr, hr)], and those of each picture.
+    """The mean PSNR and SSIM over pictures [(path, lr, hr)], and those of each picture.
     published: score `published_bicubic`, not what `make` makes."""
-    bar = tqdm(pictures, leave=False, ncols=80)
-    if published:
-        jobs = ((*published_bicubic(hr, scale), scale) for _, _, hr in bar)
-    else:
-        jobs = ((make(name, lr), hr, scale) for name, lr, hr in bar)
-    scores = in_threads(lambda *job: dict(psnr=psnr_y(*job), ssim=ssim_y(*job)), jobs)
-    mean = {key: float(np.mean([one[key] for one in scores])) for key in ("psnr", "ssim")}
-    return mean | dict(images={name: one for (name, _, _), one in zip(pictures, scores)})
+    images = {}
+    for path, lr, hr in tqdm(pictures, leave=False, ncols=80):
+        pair = published_bicubic(path, hr, scale) if published else (make(path, lr), hr)
+        images[path.stem] = dict(psnr=psnr_y(*pair, scale), ssim=ssim_y(*pair, scale))
+    mean = {key: float(np.mean([one[key] for one in images.values()])) for key in ("psnr", "ssim")}
+    return mean | dict(images=images)
 
 
-def evaluate(rows, networks, against, about, options):
+def evaluate(rows, networks, sets, against, about, options):
     """Prints the table of all rows on all sets. Writes --figure, and --json with each picture's scores.
-    rows: {label: maker}; networks: {label: network}; against: a maker whose pictures replace HR, or None.
-    JSON has no infinity: the PSNR of equal pictures is null there."""
+    rows: {label: maker}; networks: {label: network}; sets: {place: paths of HR}; against: a maker whose
+    pictures replace HR, or None. JSON has no infinity: the PSNR of equal pictures is null there."""
     s, results = options.scale, {}
     if options.json:  # what cannot be written fails before the long work
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         open(options.json, "a").close()
-    sets = {place: read_set(place, s) for place in options.data}
+    least = math.ceil((2 * s + 11) / s)  # HR must hold two borders and SSIM's window
+    sets = {place: data.read_all(paths, s, least) for place, paths in sets.items()}
     if options.figure:
-        place = options.data[0]
-        chosen = [picture for picture in sets[place] if options.image in (None, picture[0])]
-        if not chosen:
-            raise data.DataError(f"--image {options.image} is not in {place}: name one of its pictures")
-        write_figure(options.figure, rows, *chosen[0], s)
+        write_figure(options.figure, rows, *sets[options.data[0]][0], s)
+    versus = ""
     if against:
+        versus = f", against {options.against}"
         for place, pictures in sets.items():
             bar = tqdm(pictures, leave=False, ncols=80)
-            sets[place] = [(name, lr, against(name, lr)) for name, lr, _ in bar]
-    heads = {place: f"{place} ({len(pictures)}) PSNR/SSIM" for place, pictures in sets.items()}
+            sets[place] = [(path, lr, against(path, lr)) for path, lr, _ in bar]
+    heads = {place: f"{place} ({len(pictures)}) PSNR/SSIM{versus}" for place, pictures in sets.items()}
     width = max(map(len, ["model", *rows]))
     print("model".ljust(width), " params", "   madds", *heads.values(), sep="  ")
     for label, make in rows.items():
         size = madds = "-"
-        published = label == "bicubic" and not against
-        scores = results[label] = {p: score(make, sets[p], s, published) for p in sets}
         if label in networks:
             count = models.multiply_adds(networks[label])
             madds = f"{count / 1e9:.1f} G" if count else "?"
             size = f"{models.parameters(networks[label]) / 1e6:.2f} M"
+        published = label == "bicubic" and not against
+        scores = results[label] = {place: score(make, sets[place], s, published) for place in sets}
         cells = [f"{r['psnr']:.2f}/{r['ssim']:.4f}".rjust(len(heads[place])) for place, r in scores.items()]
         print(label.ljust(width), size.rjust(7), madds.rjust(8), *cells, sep="  ")
     if options.json:
@@ -296,88 +274,58 @@ def figure(pictures, scale):
     return np.asarray(canvas)
 
 
-def write_figure(path, makers, name, lr, hr, scale):
+def write_figure(target, makers, path, lr, hr, scale):
     """Writes the `figure` of a picture's HR and of what each of the makers {label: maker} makes of its LR."""
-    encoded(path, hr[:1, :1])  # a wrong ending fails before the long work
-    pictures = {label: make(name, lr) for label, make in makers.items()}
-    write_picture(path, figure(dict(HR=hr) | pictures, scale))
+    encoded(target, hr[:1, :1])  # a wrong ending fails before the long work
+    pictures = {label: make(path, lr) for label, make in makers.items()}
+    write_picture(target, figure(dict(HR=hr) | pictures, scale))
 
 
 def upscale_files(make, source, out, scale):
-    """Upscales a picture into a file or a folder, or a folder's pictures into a folder."""
-    out, paths = Path(out), data.find_images([source])
-    jobs = [(path, out / f"{path.stem}_x{scale}.png") for path in paths]
-    if out.suffix and not out.is_dir():  # a file
-        if Path(source).is_dir():
-            raise data.DataError(f"{source} is a folder, and {out} is a file: name a folder as --output")
-        if out.exists():
-            raise data.DataError(f"{out} exists already and is not overwritten: name another --output")
-        jobs = [(paths[0], out)]
-    write_each(lambda path, target: upscale_file(make, path, target, scale), jobs)
+    """Upscales a picture into a file or a folder, or a folder's pictures into a folder. What exists is kept.
+    A picture that cannot be used does not stop the others: the DataError at the end names all of them."""
+    out, paths, errors = Path(out), data.find_images([source]), []
+    targets = [out / f"{path.stem}_x{scale}.png" for path in paths]
+    if out.suffix and not out.is_dir() and not Path(source).is_dir():
+        targets = [out]
+    if len({*targets}) < len(targets):
+        raise data.DataError(f"{source} holds two pictures of the same name, such as a.png and a.bmp")
+    for path, target in tqdm([*zip(paths, targets)], unit="picture", delay=1, ncols=80):
+        if target.exists():
+            tqdm.write(f"{target} exists already and is kept")
+            continue
+        try:
+            upscale_file(make, path, target, scale)
+        except data.DataError as e:
+            errors.append(str(e))
+    data.refuse(errors, len(paths))
 
 
 def upscale_file(make, path, target, scale):
-    """Upscales one picture. Grey stays grey, alpha is upscaled bicubically, and the ICC profile is kept."""
-    picture = data.read_picture(path)
-    h, w, channels = picture.shape
-    encoded(target, np.zeros((1, scale * max(h, w), channels), np.uint8))  # it fails before the long work
+    """Upscales one picture. Its ICC profile is kept if it describes RGB, which the picture may not have been."""
+    picture = data.read_image(path)
+    encoded(target, np.zeros((1, scale * max(picture.shape), 3), np.uint8))  # it fails before the long work
+    with Image.open(path) as file:
+        profile = file.info.get("icc_profile") or b""
     target.parent.mkdir(parents=True, exist_ok=True)
-    big = make(path.stem, data.read_image(path))
-    if channels < 3:  # a network's answer to grey is not quite grey
-        big = np.floor(big.mean(axis=2, keepdims=True) + 0.5).astype(np.uint8)
-    if channels in (2, 4):
-        big = np.concatenate([big, data.imresize(picture[..., -1:], scale)], axis=2)
-    with Image.open(path) as opened:
-        profile = opened.info.get("icc_profile") or b""
-    colours = profile[16:20]  # those that the profile describes; a CMYK picture has become RGB
-    write_picture(target, big, profile if colours == (b"GRAY" if channels < 3 else b"RGB ") else None)
-
-
-def write_lr(out, places, scale):
-    """Writes the LR of each HR picture as NAMEx4.png: into `out`, or into a subfolder a set, if several."""
-    jobs = []
-    for place in places:
-        folder = Path(out, Path(place).resolve().name) if len(places) > 1 else Path(out)
-        jobs += [(path, folder / f"{path.stem}x{scale}.png") for path in data.find_images([place])]
-    write_each(lambda path, target: write_picture(target, data.read_pair(path, None, scale)[0]), jobs)
-
-
-def write_each(write, jobs):
-    """Calls write(path, target) for jobs [(path, target)]. A target that exists is kept, and this is said.
-    A picture that cannot be used does not stop the others: the DataError at the end names all of them."""
-    if len({target for _, target in jobs}) < len(jobs):
-        raise data.DataError("two pictures, or two folders, have the same name, such as a.png and a.bmp")
-    errors = []
-    for path, target in tqdm(jobs, unit="picture", delay=1, ncols=80):
-        try:
-            if target.exists():
-                tqdm.write(f"{target} exists already and is kept")
-            else:
-                write(path, target)
-        except data.DataError as e:
-            errors.append(str(e))
-    if errors and len(jobs) > 1:
-        errors.append(f"{len(jobs) - len(errors)} of {len(jobs)} pictures are done")
-    if errors:
-        raise data.DataError("; ".join(errors))
+    write_picture(target, make(path, picture), profile if profile[16:20] == b"RGB " else None)
 
 
 def encoded(path, image, profile=None):
-    """uint8 (H,W,C) as bytes in the format of the path's ending, with an ICC profile where the format takes
-    one. DataError where Pillow cannot write that."""
-    kind, content = Image.registered_extensions().get(Path(path).suffix.lower()), io.BytesIO()
-    if kind not in Image.SAVE:
-        raise data.DataError(f"{path} cannot be written: Pillow writes no such format. Name a .png")
+    """uint8 (H,W,3) as bytes in the format of the path's ending, nearly lossless where it is lossy, with an ICC
+    profile where the format takes one. DataError where it cannot hold the picture."""
+    ending = Path(path).suffix.lower()
+    if ending not in data.EXTENSIONS:
+        raise data.DataError(f"{path} cannot be written: its ending names no known format. Name a .png")
+    settings = dict(plugin="pillow", extension=ending, quality=95, icc_profile=profile)
     try:
-        picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-        picture.save(content, kind, icc_profile=profile)
+        return iio.imwrite("<bytes>", image, **settings)
     except Exception as e:  # Pillow's writers raise a dozen kinds
         raise data.DataError(f"{path} cannot be written ({e}). A .png holds any picture") from None
-    return content.getvalue()
 
 
 def write_picture(path, image, profile=None):
-    """Writes uint8 (H,W,C) as `encoded` says."""
+    """Writes uint8 (H,W,3) as `encoded` says."""
     content = encoded(path, image, profile)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with models.replacing(path) as file:
@@ -385,7 +333,16 @@ def write_picture(path, image, profile=None):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors in one line."""
+    """argparse with errors in one line, and with underscores for hyphens in a flag."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            flag, equals, value = word.partition("=")
+            if flag.startswith("--"):
+                word = flag.replace("_", "-") + equals + value
+            words.append(word)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message):
         self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
@@ -399,9 +356,7 @@ def parse(argv):
     p.add_argument("--scale", type=int, choices=models.SCALES, help="s, where no checkpoint tells it")
     p.add_argument("--against", metavar="MODEL", help="compare with its pictures, not with HR")
     p.add_argument("--json", metavar="FILE", help="write the table and each picture's scores")
-    p.add_argument("--figure", metavar="FILE", help="write crops of HR and of each row, side by side")
-    p.add_argument("--image", metavar="NAME", help="a picture of the first set for --figure [its first]")
-    p.add_argument("--write-lr", metavar="DIR", help="write the LR pictures of --data")
+    p.add_argument("--figure", metavar="FILE", help="write crops of the first picture: HR, and each row's")
     p.add_argument("--input", metavar="FILE|DIR", help="pictures to upscale")
     p.add_argument("--output", metavar="FILE|DIR", help="where the upscaled pictures are written")
     p.add_argument("--tile", type=int, default=256, help="LR pixels a side of a tile; 0: no tiles [256]")
@@ -410,17 +365,12 @@ def parse(argv):
     p.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="[float32]")
     p.add_argument("--bench", nargs="?", type=int, const=10, metavar="N", help="time networks, N turns [10]")
     o = p.parse_args(argv)
-    if o.write_lr and (o.models or o.sr or o.input or o.json or o.figure or o.against or o.bench is not None
-                       or not o.data or not o.scale):
-        p.error("--write-lr needs --data and --scale, and takes nothing else")
-    if not (o.models or o.sr or o.write_lr) or not (o.data or o.input or o.output or o.bench is not None):
+    if not (o.models or o.sr) or not (o.data or o.input or o.output or o.bench is not None):
         p.error("name models, and --data to score, --input and --output to upscale, or --bench")
     if bool(o.input) != bool(o.output):
         p.error(f"{'--output' if o.input else '--input'} is missing: pictures go from --input to --output")
     for name in {"bicubic", "HR"} & {*o.sr}:
         p.error(f"--sr {name} looks like the row or the picture of that name: write ./{name}")
-    if o.image and not o.figure:
-        p.error("--image needs --figure")
     if o.input and (len(o.models) != 1 or o.sr):
         p.error("--input takes one model")
     if (o.sr or o.json or o.figure or o.against) and not o.data:
@@ -446,9 +396,6 @@ def pick_device(name=""):
 def command_line(*kinds):
     """What a program's main() runs in. Errors that users can cause, and those of `kinds`, end the program
     with one line and exit code 2. A letter that the terminal's encoding lacks becomes a question mark."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # a service, for example, has neither
-    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not every replacement of sys.stdout has it
             stream.reconfigure(errors="replace")
@@ -476,8 +423,6 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     with command_line(), torch.inference_mode():
         options = parse(argv)
-        if options.write_lr:
-            return write_lr(options.write_lr, options.data, options.scale)
         device = pick_device(options.device)
         keep_freed_memory()
         names = [name for name in (*options.models, options.against) if name not in (None, "bicubic")]
@@ -493,13 +438,15 @@ def main(argv=None):
         about = provenance(shlex.join(["python", "evaluate.py", *argv]), device)
         about |= dict(scale=options.scale, precision=options.precision, self_ensemble=options.self_ensemble)
         makers["bicubic"] = resizer(options.scale)
+        sets = {place: data.find_hr([place]) for place in options.data}
+        names = {path.stem for paths in sets.values() for path in paths}
         rows = {name: makers[name] for name in options.models}
-        rows |= {place: reader(place, options.scale) for place in options.sr}
+        rows |= {place: reader(place, options.scale, names) for place in options.sr}
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
             if options.bench:
                 bench({name: networks[name] for name in options.models}, device, about, options.bench)
             if options.data:
-                evaluate(rows, networks, makers.get(options.against), about, options)
+                evaluate(rows, networks, sets, makers.get(options.against), about, options)
             if options.input:
                 upscale_files(*rows.values(), options.input, options.output, options.scale)
 

@@ -18,7 +18,6 @@ import math
 import os
 import re
 import textwrap
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +50,11 @@ def upsampler(channels, scale):
 
 
 def shuffle_then_conv(x, r, conv):
-    """conv(F.pixel_shuffle(x, r)) for a 3×3 convolution with padding 1, computed before the shuffle: the same
-    sums, but of c·r² → k·r² channels, which suit a processor's bfloat16 units better than c → 3 at r² as many
-    positions. It multiplies r² times as often, mostly by 0, so that float32 does not gain.
+    """conv(F.pixel_shuffle(x, r)) for a 3×3 convolution with padding 1, computed before the shuffle. The sums are
+    the same, but of c·r² → k·r² channels, which bfloat16 units are good at, not c → 3 at r² as many positions.
     x (N,c·r²,h,w), conv c → k. Returns (N,k,r·h,r·w).
     The shuffle turns the 3×3 pixels around (i,j) of x into 3r×3r. Output pixel (r·i + p, r·j + q) sees 3×3 of
-    them, shifted by (p,q). So each (p,q) has a kernel of its own: `conv.weight` at that place among zeros,
+    these, shifted by (p,q). So each (p,q) has a kernel of its own: `conv.weight` at that place among zeros,
     unshuffled. At the border, zeros around the shuffled map are zeros around x."""
     kernels = []
     for p in range(r):
@@ -365,9 +363,6 @@ def parse(name, scale):
             raise CheckpointError(f"model '{name}': the Swin layers ({layers}) must be a multiple of six, "
                                   f"six to a stage, as in swinir_c{channels}s{layers + 6 - layers % 6}")
         return dict(arch="swinir", scale=scale, channels=channels, stages=layers // 6)
-    if Path(name).suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
-        raise CheckpointError(f"'{name}' is a file, but --student takes the name of a size, such as "
-                              "edsr_c64b16. --init takes a file to start from")
     raise CheckpointError(f"unknown model '{name}'; known: {NAMES_HELP}")
 
 
@@ -412,8 +407,8 @@ def multiply_adds(model, width=1280, height=720):
 
 
 def describe(config):
-    """A config in one line, "edsr scale=4 channels=64 blocks=16 res_scale=1.0"."""
-    sizes = [f"{k}={v}" for k, v in config.items() if k not in ("arch", "mean", "img_range", "drop_path")]
+    """A config in one line, "edsr scale=4 channels=64 blocks=16 res_scale=1.0 mean=[…] img_range=255.0"."""
+    sizes = [f"{k}={v}" for k, v in config.items() if k not in ("arch", "drop_path")]
     return " ".join([config["arch"], *sizes])
 
 
@@ -438,37 +433,29 @@ def save(path, model, raw=None):
     """Writes {"params_ema", "params", "config"}, which BasicSR and the authors' codes read as well.
     "params_ema" are the weights of `model`. "params" are the same, or those of the state dict `raw`."""
     constants = model.authors_buffers() if isinstance(model, SwinIR) else {}
-    pack = lambda state: {k: v.cpu().contiguous() for k, v in (state | constants).items()}
-    averaged = pack(model.state_dict())
-    raw = averaged if raw is None else pack(raw)
+    averaged = model.state_dict() | constants
+    raw = averaged if raw is None else raw | constants
     with replacing(path) as file:
-        torch.save({"params_ema": averaged, "params": raw, "config": model.config}, file)
+        torch.save({"params_ema": on_cpu(averaged), "params": on_cpu(raw), "config": model.config}, file)
+
+
+def on_cpu(state):
+    return {name: v.cpu().contiguous() for name, v in state.items()}
 
 
 def read_file(path):
     """The object in a checkpoint file, on the CPU. No code in it is run. CheckpointError for other files."""
-    if Path(path).is_dir():
-        raise CheckpointError(f"{path} is a folder. Name a file in it (a run's: student.pt or best.pt)")
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path)
-        if zipfile.is_zipfile(path):  # torch.load skips checksums and reads noise from a part marked folder
-            archive = zipfile.ZipFile(path)
-            if archive.testzip() or any(part.external_attr & 16 for part in archive.infolist()):
-                raise zipfile.BadZipFile
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise CheckpointError(f"{path} is a TorchScript program, no checkpoint. Its weights can be "
-                                      "saved: torch.save(torch.jit.load(old).state_dict(), new)")
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
     except ImportError:
         raise CheckpointError(f"{path} needs the package safetensors: pip install safetensors") from None
-    except (FileNotFoundError, PermissionError) as e:
-        raise CheckpointError(f"{path}: {e.strerror or e}") from None
-    except Exception as e:  # torch, zipfile and safetensors raise many kinds for damage
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as e:
+        raise CheckpointError(f"{path} cannot be read: {e.strerror}") from None
+    except Exception as e:  # torch and safetensors raise many kinds for damage
         if code := re.search(r"GLOBAL ([\w.]+)", str(e)):
             raise CheckpointError(f"{path} wants to run code ({code[1]}) and is refused. Save the "
                                   "weights alone: torch.save(network.state_dict(), file)") from None
@@ -479,14 +466,11 @@ def unwrap(content, path):
     """(weights, config): the tensors in a file's content by name, and the config that `save` wrote, or {}."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no state dict but a {type(content).__name__}")
-    if {"student", "ema", "optimizer"} <= content.keys():  # train.py's last.ckpt
-        raise CheckpointError(f"{path} is for --resume only. The run's networks are student.pt and best.pt, "
-                              f"in {Path(path).parent}")
     config = content.get("config")  # other codes store settings of their own under this name
     kind = isinstance(config, dict) and ARCHITECTURES.get(str(config.get("arch")))
     if not kind or config.keys() - {"arch", *inspect.signature(kind).parameters}:
         config = {}
-    for key in ("state_dict", "model_state_dict", "model", "net", "params_ema", "params"):  # outer ones first
+    for key in ("state_dict", "model_state_dict", "model", "net", "params_ema", "params", "ema"):
         if isinstance(content.get(key), dict):
             content = content[key]
     counters = ("total_ops", "total_params", "n_averaged")  # of thop, and of torch's AveragedModel
@@ -521,10 +505,16 @@ RCAN_NAMES = COMMON_NAMES | {
 
 
 def translate(state):
-    """(state, settings): the weights under this file's names; mean and img_range if the file tells."""
+    """(state, settings): the weights under this file's names; mean and img_range if the file tells.
+    EDSR and RCAN under their authors' names but without sub_mean, as other codes train them, subtract no mean
+    and compute in [0,1]."""
     constants = (".attn_mask", ".relative_position_index")  # SwinIR computes them
     state = {name: v for name, v in state.items() if not name.endswith(constants)}
-    settings = fold_mean_shifts(state) if "sub_mean.weight" in state else {}
+    settings = {}
+    if "sub_mean.weight" in state:
+        settings = fold_mean_shifts(state)
+    elif "head.0.weight" in state:
+        settings = dict(mean=[0.0, 0.0, 0.0], img_range=1.0)
     names = RCAN_NAMES if any(".conv_du." in name for name in state) else EDSR_NAMES
     for theirs, ours in names.items():
         state = {re.sub(theirs, ours, name): v for name, v in state.items()}
@@ -622,6 +612,4 @@ def load(path, **override):
             reason = textwrap.shorten(f"{e} is missing" if isinstance(e, KeyError) else str(e), 300)
             raise CheckpointError(f"{path} is no EDSR, RCAN or SwinIR (for others: pip install spandrel). "
                                   f"{reason}") from None
-    if broken := [name for name, v in network.named_parameters() if not v.isfinite().all()]:
-        raise CheckpointError(f"{path}: {broken[0]} holds NaN or infinity")
     return network.eval()

@@ -1,85 +1,87 @@
 #!/usr/bin/env bash
-# Measures the project on a GPU, in ten minutes. From the repository's root, in its environment:
-#   bash results/gpu.sh check             the GPU tests, one step of edsr_baseline to small, where its time goes
-#   bash results/gpu.sh train DIR SET…    students at the paper's patch and batch of the pictures in DIR (6 minutes)
-#   bash results/gpu.sh times             one step of the other pairs, compiled and plain
-# Writes results/gpu_*.json, or to another folder OUT. STEPS: of each student. TINY=1 tries all of it on a CPU.
+# Measures the project on a GPU. From the repository's root, in its environment:
+#   bash results/gpu.sh check            a step of four methods, then the GPU tests of EDSR (3 minutes)
+#   bash results/gpu.sh train DIR SET…   four students of the pictures in DIR, at the paper's patch and batch, scored
+#   bash results/gpu.sh times            a step of the other pairs, recorded, compiled and plain; a profile (2 minutes)
+# Figures are written to OUT [results], with the logs and the best students in gpu_runs.tar.gz. Runs lie in runs/gpu:
+# a call that was cut off is given again, and goes on. LIMIT: seconds of training [300]. STEPS: of each student [as
+# many as LIMIT allows]. TINY=1 tries all of it on a CPU. PYTHON: the interpreter.
 set -u
-root=$PWD OUT=$(realpath -m "${OUT:-results}") STEPS=${STEPS:-12000} TINY=${TINY:-}
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-mkdir -p "$OUT"
+root=$PWD OUT=$(realpath -m "${OUT:-results}") LIMIT=${LIMIT:-300} STEPS=${STEPS:-} TINY=${TINY:-}
+PYTHON=${PYTHON:-$(command -v python || command -v python3)}
+runs=runs/gpu
+small=() tests="gpu or cuda"
+if [ "$TINY" ]; then small=(-- --batch 1 --patch 12 --student edsr_c8b1 --device cpu); fi
+methods=(scratch kd zoom_in dukd)
+mkdir -p "$OUT" "$runs"
 
-teacher() {  # name: a teacher of that size, for timing: the included one, or random weights
-  case $1 in
-    edsr_baseline) cp edsr_baseline.pt "$work/$1.pt" ;;
-    *) python -c "import models; models.save('$work/$1.pt', models.build('${TINY:+edsr_c8b1}' or '$1', 4))" ;;
-  esac
+limited() {  # seconds, name, command: runs it at most that long. Its output goes to a log, of which a failure shows the end
+  local log=$runs/$2.log code
+  timeout -s INT -k 15 "$1" "${@:3}" >>"$log" 2>&1
+  code=$?
+  if [ $code != 0 ]; then
+    echo "exit $code after at most $1 s: ${*:3}"
+    tr '\r' '\n' <"$log" | grep -v ' left' | tail -n 30  # without the progress bars
+  fi
+  return $code
 }
 
-step() {  # teacher, flags: the time of one training step, as one line of JSON
-  local name small=()
-  name=gpu_step_$(tr -c 'a-z0-9\n' _ <<<"$*")
-  [ "$TINY" ] && small=(--batch 1 --patch 12)
-  [ -e "$work/$1.pt" ] || teacher "$1"
-  python train.py --teacher "$work/$1.pt" --student small --bench 50 "${small[@]}" "${@:2}" >"$OUT/$name.json" 2>"$work/log"
-  tr '\r' '\n' <"$work/log" | grep -E '^(note|error)'
-  echo "$*: $(grep -oE '"(ms_per_step|warm_up_s|peak_memory_gib)": [^,]*' "$OUT/$name.json" | paste -sd ' ')"
+steps() {  # seconds, file, flags and cases: the times of steps, in OUT/file
+  limited "$1" steps "$PYTHON" results/step_times.py --json "$OUT/$2" "${@:3}" "${small[@]}"
+  local code=$?
+  [ -e "$OUT/$2" ] && sed -E 's/, "batch".*//' "$OUT/$2"
+  return $code
 }
 
-profile() {  # the operations of three steps, the longest first. nn.PixelShuffle returns NCHW: nchwToNhwc is its price
-  python - "${TINY:+--device=cpu}" <<'END'
-import sys, torch, train
-from torch.profiler import profile
-words = "--teacher edsr_baseline.pt --out /nowhere".split() + [word for word in sys.argv[1:] if word]
-words += ["--batch=1"] if len(sys.argv[1]) else []
-run = train.Run(train.parse(words))
-train.accelerate(run)
-steps = lambda n: [run.forward_backward(*train.draw_patches(run.patches, run.c, i)) for i in range(n)]
-steps(3)
-with profile() as found:
-    steps(3)
-    torch.cuda.is_available() and torch.cuda.synchronize()
-kind = "cuda" if torch.cuda.is_available() else "cpu"
-print(found.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=20, max_name_column_width=80))
-END
+pack() {  # what must not be lost when the machine goes
+  tar czf "$OUT/gpu_runs.tar.gz" --exclude=last.ckpt --exclude=student.pt --exclude=teacher.pt --exclude='*.tmp' "$runs"
 }
+trap pack EXIT
 
 check() {
   nvidia-smi -L
-  python -m pytest -q -rfE --tb=short tests -k "gpu or cuda"
-  step edsr_baseline
-  step edsr_baseline --no-compile
-  profile
+  steps 110 gpu_steps.json "${methods[@]/#/edsr_baseline,}" || steps 60 gpu_steps.json edsr_baseline,dukd,blocks
+  limited 80 tests "$PYTHON" -m pytest -q -rfE --tb=short tests -k "(gpu or cuda) and not rcan and not swinir"
+  tail -n 3 "$runs/tests.log"
 }
 
 times() {
-  for pair in edsr rcan swinir; do step $pair; done
-  step edsr_baseline --method kd
-  step edsr_baseline --method scratch
-  for pair in edsr rcan swinir; do step $pair --no-compile; done
+  steps 60 gpu_times.json edsr_baseline,dukd,{graph,blocks,no}
+  limited 40 profile "$PYTHON" results/step_times.py --profile edsr_baseline,dukd,{blocks,no} "${small[@]}"
+  grep -A 12 'Self C' "$runs/profile.log"
+  steps 120 gpu_times.json {edsr,rcan,swinir},dukd,{graph,no}
+  limited 120 tests "$PYTHON" -m pytest -q -rfE --tb=short tests -k "(gpu or cuda) and (rcan or swinir)"
 }
 
 train() {  # folder of training pictures, test sets
-  local size=(--student small) sets=() students=() arm flags place
-  for place in "${@:2}"; do sets+=("$(realpath "$place")"); done
-  [ "$TINY" ] && size=(--student edsr_c8b1 --batch 1 --patch 12) STEPS=4
-  while read -r arm flags; do
-    students+=("$arm/student.pt")
-    # shellcheck disable=SC2086
-    python train.py --teacher edsr_baseline.pt "${size[@]}" --steps "$STEPS" --lr 5e-4 --schedule cosine \
-      --val-every $((STEPS / 4)) --data "$1" --cache "$work/cache_$arm" --out "$work/$arm" $flags >"$work/$arm.log" 2>&1 &
-  done <<'END'
-scratch --method scratch
-kd --method kd
-zoom_in --no-zoom-out
-dukd --method dukd
-dukd_without_zoom_out_rec --no-zoom-out-rec
-dukd_released --method dukd_released
-END
+  local pictures=$1 arm students=() sets=() began=$SECONDS
+  shift
+  if [ ! "$STEPS" ]; then
+    steps 100 gpu_steps.json "${methods[@]/#/edsr_baseline,}"
+    STEPS=$("$PYTHON" -c "
+import json, sys
+ms = {line['case']: line['ms'] for line in map(json.loads, open('$OUT/gpu_steps.json'))}
+print(int(0.8 * 1000 * $LIMIT / sum(ms.values())) if len(ms) >= 4 else 8000)")  # all arms share the GPU
+    [ "$TINY" ] && STEPS=4
+  fi
+  echo "$STEPS steps each"
+  for arm in "${methods[@]}"; do
+    local words=(--teacher edsr_baseline.pt --method "$arm" --steps "$STEPS" --lr 5e-4 --schedule cosine
+                 --val-every $((STEPS / 4)) --data "$pictures" --cache "$runs/cache" --out "$runs/$arm" "${small[@]:1}")
+    [ -e "$runs/$arm/config.json" ] && words=(--resume "$runs/$arm")
+    OMP_NUM_THREADS=2 limited "$LIMIT" "$arm" "$PYTHON" train.py "${words[@]}" &
+  done
   wait
-  tail -qn 2 "$work"/*.log
-  [ $# -gt 1 ] && cd "$work" && python "$root/evaluate.py" "${students[@]}" --data "${sets[@]}" --json "$OUT/gpu_students.json"
+  for arm in "${methods[@]}"; do
+    tail -qn 2 "$runs/$arm.log"
+    [ -e "$runs/$arm/best.pt" ] && students+=("$runs/$arm/best.pt")
+  done
+  pack
+  for arm in "$@"; do sets+=("$(realpath "$arm")"); done
+  if [ ${#sets[@]} != 0 ] && [ ${#students[@]} != 0 ]; then
+    limited 60 scores "$PYTHON" evaluate.py "${students[@]}" --data "${sets[@]}" --json "$OUT/gpu_students.json"
+    tr '\r' '\n' <"$runs/scores.log" | grep -E 'PSNR|best.pt'
+  fi
 }
 
 "$@"

@@ -43,14 +43,15 @@ TERMS = {
     START: "--method scratch --steps 4000 --patch 24 --lr 1e-3",
     "KD": "--method kd",
     "scratch": "--method scratch",
-    "zoom_out_rec alone": "--method scratch --lambda-dukd 1 --no-zoom-in --no-zoom-out --zoom-out-rec",
+    "zoom_out_rec alone": "--method scratch --lambda-zoom-out-rec 1",
     "KD, λ_rec 5": "--method kd --lambda-rec 5",
-    "zoom-in": "--no-zoom-out",
-    "zoom-out": "--no-zoom-in",
-    "zoom-out without zoom_out_rec": "--no-zoom-in --no-zoom-out-rec",
+    "zoom-in": "--method zoom_in",
+    "zoom-out": "--method kd --lambda-zoom-out 1 --lambda-zoom-out-rec 1",
+    "zoom-out without zoom_out_rec": "--method kd --lambda-zoom-out 1",
     "DUKD": "--method dukd",
-    "DUKD without zoom_out_rec": "--no-zoom-out-rec",
-    "DUKD, released weights": "--method dukd_released",
+    "DUKD without zoom_out_rec": "--method dukd --lambda-zoom-out-rec 0",
+    "DUKD, released weights": "--method dukd --lambda-rec 5 --lambda-zoom-in .5 --lambda-zoom-out .5 "
+                              "--lambda-zoom-out-rec 2.5",
 }
 START_OF_P = "the start of P"  # made where P's other runs are made
 ARMS = TERMS | {START_OF_P: TERMS[START]}
@@ -147,7 +148,7 @@ def train_and_score(arm, n, seed, start, images, place):
         words += ["--init", str(folder(start, n, seed) / "best.pt")]
     words += ["--data", str(images)]
     resumed, began = (out / "config.json").exists(), time.time()
-    call(f"{out}.log", "train.py", *(["--resume", "--out", out] if resumed else words))
+    call(f"{out}.log", "train.py", *(["--resume", out] if resumed else words))
     seconds = time.time() - began
     about = json.loads((out / "config.json").read_text())
     rows = list(csv.DictReader(open(out / "log.csv")))
@@ -155,7 +156,7 @@ def train_and_score(arm, n, seed, start, images, place):
     best, end = max(held_out, key=lambda point: point[1]), held_out[-1]
     record = dict(arm=arm, n=n, seed=seed, command=shlex.join(["python", "train.py", *words[:-1], "DIR"]),
                   images=sorted(path.stem for path in images.iterdir()) if n in (2, 8) else None,
-                  precision=about["config"]["precision"],
+                  precision=about["precision"],
                   held_out_by_step=held_out, seconds=None if resumed else round(seconds),
                   **{key: about[key] for key in ("git", "versions", "device_name", "started")})
     record["best"] = score(out, "best.pt", best, place)
@@ -272,16 +273,24 @@ def table(study, over="KD"):
 
 
 def runs_table(folders):
-    """The lines of a table of run folders: what each was, and its held-out PSNR."""
-    yield "| run | L | seed | step | held-out PSNR: best, last |\n|---|---|---|---|---|"
+    """The lines of a table of run folders: the settings in which they differ, and their held-out PSNR."""
+    runs = {}
     for folder in folders:
-        config = json.loads((folder / "config.json").read_text())["config"]
-        rows = list(csv.DictReader(open(folder / "log.csv", encoding="utf-8")))
-        scores = [float(row["val_psnr"]) for row in rows if row["val_psnr"]]
+        try:
+            settings = json.loads((folder / "config.json").read_text())["settings"]
+            rows = list(csv.DictReader(open(folder / "log.csv")))
+            runs[folder.name] = settings, rows, [float(row["val_psnr"]) for row in rows if row["val_psnr"]]
+        except (OSError, ValueError, KeyError):
+            print(f"note: {folder} is no run, or one of another version, and is passed over", file=sys.stderr)
+    names = dict.fromkeys(name for settings, _, _ in runs.values() for name in settings)
+    names = [name for name in names if name not in ("out", "resume", "device", "cache", "val_every")
+             and len({str(settings.get(name)) for settings, _, _ in runs.values()}) > 1]
+    yield f"| {' | '.join(['run', *names, 'step', 'held-out PSNR: best, last'])} |"
+    yield "|---" * (len(names) + 3) + "|"
+    for run, (settings, rows, scores) in runs.items():
         if scores:
-            terms = [name for name in rows[0] if name[0].isdigit()]
-            yield (f"| {folder.name} | {' + '.join(terms)} | {config['seed']} | {rows[-1]['step']} of "
-                   f"{config['steps']} | {max(scores):.2f}, {scores[-1]:.2f} |")
+            cells = [run, *(settings.get(name) for name in names), rows[-1]["step"]]
+            yield f"| {' | '.join(map(str, cells))} | {max(scores):.2f}, {scores[-1]:.2f} |"
 
 
 # What --plot draws. At the left, a curve of each arm; at the right, a set of images, a marker and its height.

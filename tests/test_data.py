@@ -1,5 +1,5 @@
-"""Tests of data.py: MATLAB's imresize against exact fractions, picture files good and bad, LR/HR pairs, the
-store in memory, on disk and found again, and the patches drawn from it."""
+"""Tests of data.py: MATLAB's imresize against exact fractions, picture files good and bad, HR and LR, the cache,
+and the patches drawn from it."""
 import math
 import multiprocessing
 import os
@@ -17,7 +17,6 @@ import data
 from samples import cut, noise, save
 
 RGB = noise(6, 8, 3, seed=11)
-pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # a mapped store
 
 
 def refused(call, *words):
@@ -101,54 +100,37 @@ def test_imresize_takes_views_and_float_tensors_and_nothing_else():
 
 
 @pytest.mark.parametrize("name, mode", [("a.png", mode) for mode in ("1", "L", "LA", "RGB", "RGBA")] + [
-    (name, "RGB") for name in ("a.bmp", "a.tif", "a.ppm", "a.TIFF")])
-def test_pictures_are_read_as_they_are(tmp_path, name, mode, recwarn):
+    (name, "RGB") for name in ("a.bmp", "a.tif", "a.ppm", "a.TIFF", "a.jp2")])
+def test_pictures_are_read_as_rgb(tmp_path, name, mode, recwarn):
+    """Alpha is left out: the colours under it stay as they are. Grey is repeated."""
     picture = Image.fromarray(RGB).convert(mode)
     if mode[-1] == "A":
         picture.putalpha(Image.fromarray(noise(6, 8, seed=5)))
-    path = save(picture, tmp_path / name)
+    path = save(picture, tmp_path / name, **(dict(irreversible=False) if "j" in name else {}))
     whole = np.asarray(picture.convert("L" if mode == "1" else mode)).reshape(6, 8, -1)
-    assert np.array_equal(data.read_picture(path), whole)
     colours = whole[..., :3] if "RGB" in mode else whole[..., :1].repeat(3, 2)
-    assert np.array_equal(data.read_image(str(path)), colours)  # alpha is left out, grey is repeated
-    assert not recwarn.list
+    assert np.array_equal(data.read_image(str(path)), colours) and not recwarn.list
 
 
-@pytest.mark.parametrize("mode, options", [("RGB", {}), ("RGBA", dict(transparency=b"\0\x80\xff\7"))])
-def test_palettes_are_resolved_with_their_alpha(tmp_path, mode, options):
+def test_that_alpha_is_left_out_is_said_once(tmp_path, capsys):
+    data.note.cache_clear()
+    for name in ("a.png", "b.png"):
+        data.read_image(save(noise(4, 4, 4), tmp_path / name))
+        data.read_image(save(noise(4, 4, 3), tmp_path / f"rgb_{name}"))
+    assert capsys.readouterr().err == "note: transparency is left out: colours are taken as they are under it\n"
+
+
+@pytest.mark.parametrize("options", [{}, dict(transparency=b"\0\x80\xff\7")])
+def test_palettes_are_resolved(tmp_path, options):
     path = save(Image.fromarray(RGB).quantize(4), tmp_path / "a.png", **options)
-    assert np.array_equal(data.read_picture(path), np.asarray(Image.open(path).convert(mode)))
-
-
-def save_with_transparent_value(image, path, value):
-    """Writes a grey PNG in which `value` is transparent: the chunk tRNS follows the 33 bytes up to IHDR."""
-    content = save(image, path).read_bytes()
-    chunk = b"tRNS" + struct.pack(">H", value)
-    chunk = struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    path.write_bytes(content[:33] + chunk + content[33:])
-    return path
-
-
-def test_grey_with_a_transparent_value_is_grey_with_alpha(tmp_path):
-    """In 16 bits, 19788 and 19789 both become 77, and only one of them is transparent."""
-    for dtype, values in ((np.uint16, [0, 65535, 19788, 19789]), (np.uint8, [0, 255, 76, 77])):
-        path = save_with_transparent_value(np.array([values], dtype), tmp_path / "a.png", values[-1])
-        grey = [0, 255, 77, 77] if dtype == np.uint16 else values
-        assert data.read_picture(path).tolist() == [[[v, a] for v, a in zip(grey, (255, 255, 255, 0))]]
-        assert data.read_image(path)[0].tolist() == [[v, v, v] for v in grey]
-
-
-@pytest.mark.parametrize("name, dtype", [("a.png", np.uint16), ("a.tif", np.uint16), ("a.tif", np.int32)])
-def test_16_bit_grey_is_rounded_to_8_bits(tmp_path, name, dtype):
-    image = np.array([[0, 65535, 128, 129, 257 * 77]], dtype)  # 128/257 is below a half, 129/257 above it
-    assert data.read_picture(save(image, tmp_path / name))[0, :, 0].tolist() == [0, 255, 0, 1, 77]
+    assert np.array_equal(data.read_image(path), np.asarray(Image.open(path).convert("RGBA"))[..., :3])
 
 
 @pytest.mark.parametrize("mode, name", [("CMYK", "a.jpg"), ("LAB", "a.tif")])
 def test_other_colour_spaces_become_rgb(tmp_path, name, mode):
     smooth = np.linspace(40, 200, 16 * 16 * 3).reshape(16, 16, 3).astype(np.uint8)
     options = dict(quality=95) if "j" in name else {}
-    image = data.read_picture(save(smooth, tmp_path / name, mode, **options))
+    image = data.read_image(save(smooth, tmp_path / name, mode, **options))
     assert image.shape == (16, 16, 3) and np.abs(image.astype(int) - smooth).max() < 12
 
 
@@ -172,16 +154,17 @@ def test_a_telephones_jpeg_is_read_upright_without_its_preview(tmp_path, orienta
 
 def test_a_picture_of_182_megapixels_is_read(tmp_path):
     path = save(Image.new("L", (13500, 13500), 7), tmp_path / "a.png", compress_level=1)
-    picture = data.read_picture(path)
-    assert picture.shape == (13500, 13500, 1) and (picture[::999, ::999] == 7).all()
+    picture = data.read_image(path)
+    assert picture.shape == (13500, 13500, 3) and (picture[::999, ::999] == 7).all()
 
 
-def test_a_picture_that_does_not_fit_into_memory_is_named(tmp_path, monkeypatch):
-    def no_memory(*args, **options):
-        raise MemoryError
-    path = save(RGB, tmp_path / "a.png")
-    monkeypatch.setattr(Image.Image, "load", no_memory)
-    refused(lambda: data.read_picture(path), f"{path} is not a readable image (MemoryError)")
+def png_of_16_bits(path):
+    """A PNG of 16-bit colours, which Pillow cannot write: the values of an 8-bit one, each with a second byte."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in RGB.astype(np.uint16) * 16)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 8, 6, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+             for name, body in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
 def frames(path):
@@ -191,13 +174,16 @@ def frames(path):
 BAD = {
     "animated.gif": (frames, "2 frames"),
     "animated.png": (frames, "2 frames"),
-    "float.tif": (lambda p: save(np.full((4, 4), 0.5, np.float32), p), "float32"),
-    "large.tif": (lambda p: save(np.full((4, 4), 70_000, np.int32), p), "int32"),
-    "zero.png": (lambda p: p.write_bytes(b""), "empty"),
+    "grey.png": (lambda p: save(noise(4, 4).astype(np.uint16) * 16, p), "-depth 8"),
+    "grey.tif": (lambda p: save(noise(4, 4).astype(np.uint16) * 257, p), "more than 8 bits a value"),
+    "colour.png": (png_of_16_bits, "more than 8 bits a value; convert it: magick"),
+    "float.tif": (lambda p: save(np.full((4, 4), 0.5, np.float32), p), "more than 8 bits"),
+    "int.tif": (lambda p: save(np.full((4, 4), 7, np.int32), p), "more than 8 bits"),
+    "zero.png": (lambda p: p.write_bytes(b""), "not a readable image"),
     "address.png": (lambda p: p.write_text("https://example.com/picture.png"), "not a readable image"),
     "cut.png": (lambda p: cut(p, 0.97), "truncated"),
     "cut.jpg": (lambda p: cut(p, 0.5), "truncated"),
-    "start.jpg": (lambda p: cut(p, 0.01), "Truncated"),
+    "start.jpg": (lambda p: cut(p, 0.01), "not a readable image"),
     "zeros.png": (lambda p: p.write_bytes(save(RGB, p).read_bytes()[:60] + bytes(99)), "not a readable"),
     "missing.png": (lambda p: None, "missing"),
     "folder.png": (lambda p: p.mkdir(), "not a file"),
@@ -209,7 +195,7 @@ BAD = {
 def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, name, recwarn):
     make, words = BAD[name]
     make(tmp_path / name)
-    refused(lambda: data.read_picture(tmp_path / name), tmp_path / name, words)
+    refused(lambda: data.read_image(tmp_path / name), tmp_path / name, words)
     assert not recwarn.list
 
 
@@ -231,23 +217,37 @@ def test_find_images_sorts_folders_and_names_a_place_without_images(tmp_path):
     refused(lambda: data.find_images([a, missing]), f"{missing} does not exist")
 
 
-def test_all_that_pillow_reads_as_a_picture_is_found(tmp_path):
-    """Pillow opens drawings, films and arrays, too, but they are no pictures."""
-    names = ["a.jfif", "b.jp2", "c.tga", "d.Webp", "e.pgm"]
-    folder = touch(tmp_path / "a", *names, "f.eps", "f.h5", "f.mpg", "f.pdf", "f.txt")
-    assert [path.name for path in data.find_images([folder])] == names
-    save(RGB, folder / "b.jp2")
-    assert np.array_equal(data.read_picture(folder / "b.jp2"), RGB)
-
-
-def test_a_note_tells_once_how_many_files_are_left_out(tmp_path, capsys):
+def test_a_note_tells_once_how_many_files_and_folders_are_left_out(tmp_path, capsys):
+    data.note.cache_clear()
     a = touch(tmp_path / "a", "1.png", "notes.txt", "odd.dat", ".hidden", ".hidden.dat")
     b = touch(tmp_path / "b", "1.png", ".hidden")
-    touch(b / "folder.dat", "inside.dat")
+    touch(b / "more.png", "inside.png")
     for _ in range(2):
         data.find_images([a, b])
-    assert capsys.readouterr().err == (
-        f"note: files of unknown type in {a} are left out: 2, such as notes.txt\n")
+    text = "note: {} other files and folders in {} are left out, such as {}\n"
+    assert capsys.readouterr().err == text.format(2, a, "notes.txt") + text.format(1, b, "more.png")
+
+
+@pytest.mark.parametrize("names", [
+    ("img_001_SRF_4_HR.png", "img_001_SRF_4_LR.png"),  # SelfExSR's
+    ("Canon_001_HR.png", "Canon_001_LR4.png"),  # RealSR's
+    ("baby_x4_HR.png", "baby_x4_LR.png", "baby_x4_SR.png"), ("0801.png", "0801x4.png"), ("a_x2.png", "a.png"),
+    ("a.bmp", "a.png")])
+def test_lr_beside_hr_is_refused(tmp_path, names):
+    folder = touch(tmp_path / "a", "before.png", *names)
+    first, second = sorted(names)[:2]
+    refused(lambda: data.find_hr([folder]), folder / first, folder / second, "keep HR in a folder")
+    assert len(data.find_images([folder])) == 1 + len(names)  # to upscale them
+    (folder / first).unlink()
+    for name in names[2:]:
+        (folder / name).unlink()
+    assert len(data.find_hr([folder])) == 2
+
+
+def test_other_names_and_folders_are_other_pictures(tmp_path):
+    names = ["0001.png", "0002.png", "night.png", "night_sky.png", "x2.png", "HR.png", "img_LRT.png", "ax4b.png"]
+    a, b = touch(tmp_path / "a", *names), touch(tmp_path / "b", "0001.png", "0002x4.png")
+    assert len(data.find_hr([a, b])) == len(names) + 2
 
 
 def test_a_link_to_a_missing_picture_is_named(tmp_path):
@@ -274,37 +274,24 @@ def test_the_embedded_photographs(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("s, h, w", [(2, 6, 5), (3, 4, 3), (4, 3, 2)])
-def test_a_pair_is_cropped_at_the_bottom_and_right_and_its_lr_made_or_read(tmp_path, s, h, w):
-    image, given = noise(13, 10, 3), noise(h, w, 3, seed=9)
-    hr_file, lr_file = save(image, tmp_path / "a.png"), save(given, tmp_path / "b.png")
-    made = exact_imresize(image[:h * s, :w * s], Fraction(1, s))
-    for lr_path, expected in ((None, made), (lr_file, given)):
-        lr, hr = data.read_pair(hr_file, lr_path, s)
-        assert np.array_equal(hr, image[:h * s, :w * s]) and np.array_equal(lr, expected)
+def test_a_pair_is_cropped_at_the_bottom_and_right_and_its_lr_is_made(tmp_path, s, h, w):
+    image = noise(13, 10, 3)
+    path = save(image, tmp_path / "a.png")
+    for cache in (None, tmp_path / "new" / "cache", tmp_path / "new" / "cache"):  # made, and found
+        lr, hr = data.read_pair(path, s, cache=cache)
+        assert np.array_equal(hr, image[:h * s, :w * s])
+        assert np.array_equal(lr, exact_imresize(image[:h * s, :w * s], Fraction(1, s)))
 
 
-def test_read_pair_names_files_and_sizes_that_do_not_fit(tmp_path):
-    hr_file, lr_file = save(noise(12, 8, 3), tmp_path / "a.png"), save(noise(6, 4, 3), tmp_path / "ax4.png")
-    refused(lambda: data.read_pair(hr_file, lr_file, 4), hr_file, lr_file, "8x12", "4x6", "2x3")
-    assert data.read_pair(hr_file, None, 4, least=2)[0].shape == (3, 2, 3)
-    refused(lambda: data.read_pair(hr_file, None, 4, least=3), hr_file, "8x12", "2x3", "3x3")
-
-
-@pytest.mark.parametrize("naming", ("{}x4.png", "{}_x4.png", "{}.png", "{}x4.jpg"))
-def test_lr_files_are_matched_by_name(tmp_path, naming):
-    hr = data.find_images([touch(tmp_path / "hr", "0001.png", "0002.png")])
-    one, two = (touch(tmp_path / name, naming.format(name)) for name in ("0001", "0002"))
-    assert data.match_lr(hr, [two, one], 4) == [one / naming.format("0001"), two / naming.format("0002")]
-    assert data.match_lr(hr, [two, one, two], 4) == data.match_lr(hr, [two, one], 4)
-    assert data.match_lr(hr, [], 4) == [None, None]
-
-
-def test_lr_files_that_are_missing_or_named_alike_are_named(tmp_path):
-    hr = data.find_images([touch(tmp_path / "hr", "0001.png", "0002.png")])
-    one, two = touch(tmp_path / "1", "0001x4.png", "0002x2.png"), touch(tmp_path / "2", "0001x4.png")
-    refused(lambda: data.match_lr(hr, [one], 4), hr[1], "0002x4", "0002_x4", one)
-    refused(lambda: data.match_lr(hr, [one, two], 4), one / "0001x4.png", two / "0001x4.png")
-    refused(lambda: data.match_lr([hr[0], tmp_path / "0001.png"], [one], 4), "two HR images")
+@pytest.mark.parametrize("cached", [False, True])
+def test_small_pictures_are_named_all_at_once(tmp_path, cached):
+    shapes = [(12, 8), (30, 30), (3, 20), (40, 11)]
+    paths = [save(noise(*shape, 3), tmp_path / f"{i}.png") for i, shape in enumerate(shapes)]
+    settings = (4, 3, tmp_path / "cache" if cached else None)
+    sizes = [f"{paths[i]} is too small: its LR is {size}, and 3x3 or more" for i, size in ((0, "2x3"), (2, "5x0"), (3, "2x10"))]
+    refused(lambda: data.read_all(paths, *settings), "3 of 4 pictures cannot be used; ", *sizes)
+    refused(lambda: data.read_all(paths[:1], *settings), sizes[0])
+    assert [hr.shape for _, _, hr in data.read_all(paths[1:2], *settings)] == [(28, 28, 3)]
 
 
 @pytest.fixture
@@ -315,85 +302,56 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def build(files, tmp_path, monkeypatch):
-    """Builds the files' store at x2 for 4x4 patches, on disk."""
-    monkeypatch.setattr(data, "RAM", 0)
-    return lambda: data.build_store(files, [None] * len(files), 2, 4, tmp_path / "cache")
+def build(files, tmp_path):
+    """Reads the files at x2 by way of a cache."""
+    return lambda: data.read_all(files, 2, 4, tmp_path / "cache")
 
 
-def at_the_ninth_image(monkeypatch, act):
-    """Calls `act` before the ninth image is read. The first eight are in the cache then."""
-    def read_pair(path, *rest):
-        if path.name == "8.png":
-            act()
-        return original(path, *rest)
-    original = data.read_pair
-    monkeypatch.setattr(data, "read_pair", read_pair)
+def assert_holds(pictures, files):
+    for expected, (path, *pair) in zip(files, pictures, strict=True):
+        assert path == expected and all(map(np.array_equal, data.read_pair(path, 2), pair))
 
 
-def assert_holds(store, files):
-    """The store holds exactly these images, in order."""
-    assert store.names == [path.name for path in files] and store.pixels.dtype == torch.uint8
-    assert len(store.pixels) == sum((table[:, 1] * table[:, 2]).sum() for table in (store.hr, store.lr))
-    for path, *places in zip(files, store.lr.tolist(), store.hr.tolist()):
-        for image, (first, h, w) in zip(data.read_pair(path, None, 2), places):
-            assert np.array_equal(store.pixels[first:first + h * w].view(h, w, 3), image)
-
-
-@pytest.mark.parametrize("limit, written", [(0, 1), (2000, 1), (2**30, 0)])  # 2000: from the third image on
-def test_a_store_in_memory_on_disk_and_found_again(tmp_path, files, build, monkeypatch, limit, written):
-    monkeypatch.setattr(data, "RAM", limit)
+def test_pictures_are_decoded_once(tmp_path, files, build, monkeypatch):
     assert_holds(build(), files)
-    assert len(list(tmp_path.glob("cache/*"))) == written
-    if written:
-        with monkeypatch.context() as context:
-            context.delattr(data, "read_pair")  # nothing can be decoded
-            found = build()
-        assert_holds(found, files)
+    assert len(list(tmp_path.glob("cache/*"))) == len(files)
+    with monkeypatch.context() as context:
+        context.delattr(data, "read_image")  # nothing can be decoded
+        found = build()
+    assert_holds(found, files)
+    for _, lr, hr in found:  # training may write to its patches, never to the file
+        lr[:] = hr[:] = 0
+    assert_holds(build(), files)
     save(noise(20, 20, 3), files[0])
-    assert_holds(build(), files)  # other files are decoded anew
-
-
-def test_a_picture_is_not_taken_for_lr_where_it_was_hr(tmp_path, build):
-    """The same two files: first as two HR images, then as an HR image and its LR."""
-    hr, lr = tmp_path / "images" / "0.png", save(noise(4, 6, 3), tmp_path / "lr.png")
-    data.build_store([hr, lr], [None, None], 2, 2, tmp_path / "cache")
-    store = data.build_store([hr], [lr], 2, 2, tmp_path / "cache")
-    assert np.array_equal(store.pixels[:24].view(4, 6, 3), data.read_image(lr))
-
-
-def test_the_default_cache_is_needed_only_for_a_large_set(tmp_path, files, monkeypatch):
-    def unknown():
-        raise RuntimeError("Could not determine home directory.")
-    build = lambda: data.build_store(files, [None] * len(files), 2, 4)
-    monkeypatch.setattr(data.Path, "home", unknown)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert_holds(build(), files)  # it fits into memory
-    monkeypatch.setattr(data, "RAM", 0)
-    refused(build, "no home folder", "--cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert_holds(build(), files)
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(data.Path, "home", lambda: tmp_path / "home")
-    assert_holds(build(), files)
-    for place in ("xdg/dukd", "home/.cache/dukd"):
-        assert len(list(tmp_path.glob(f"{place}/*.pixels"))) == 1
+    at_x4 = data.read_pair(files[0], 4, cache=tmp_path / "cache")
+    assert [x.shape for x in at_x4] == [(5, 5, 3), (20, 20, 3)]
 
 
-def test_a_bad_image_or_a_full_disk_is_named_and_leaves_nothing(tmp_path, files, build, monkeypatch):
-    def full(descriptor):
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts as Linux does")
+def test_mapped_pictures_hold_no_file_open(build):
+    before = len(os.listdir("/proc/self/fd"))
+    pictures = build()
+    assert len(os.listdir("/proc/self/fd")) == before and len(pictures) == 12
+
+
+def test_a_bad_image_or_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path, files, build, monkeypatch):
+    def full(*names):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as context:
-        context.setattr(os, "fsync", full)
-        refused(build, tmp_path / "cache", "No space left", "--cache")
-    files[8].write_text("no image")
-    refused(build, files[8])
+        context.setattr(os, "replace", full)
+        with pytest.raises(OSError, match=f"No space left on device: 'the cache {tmp_path / 'cache'}'"):
+            build()
     assert not list(tmp_path.glob("cache/*"))
+    files[8].write_text("no image")
+    files[9].write_text("no image")
+    refused(build, "2 of 12", files[8], files[9])
+    assert len(list(tmp_path.glob("cache/*.rgb"))) == len(list(tmp_path.glob("cache/*"))) == 10
 
 
-def test_a_run_killed_half_way_leaves_nothing_that_is_taken_for_whole(tmp_path, files, build, monkeypatch):
+def test_a_run_killed_while_it_writes_leaves_nothing_that_is_taken_for_whole(tmp_path, files, build, monkeypatch):
     with monkeypatch.context() as context:
-        at_the_ninth_image(context, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        context.setattr(os, "replace", lambda *names: os.kill(os.getpid(), signal.SIGKILL))
         killed = multiprocessing.get_context("fork").Process(target=build)
         killed.start()
         killed.join()
@@ -401,72 +359,73 @@ def test_a_run_killed_half_way_leaves_nothing_that_is_taken_for_whole(tmp_path, 
     assert_holds(build(), files)
 
 
-def test_two_runs_at_once_do_not_disturb_each_other(files, build, monkeypatch):
-    def another_run():
-        context.undo()
-        context.setattr(os, "getpid", lambda: 0)
-        stores.append(build())
-    stores = []
-    with monkeypatch.context() as context:
-        at_the_ninth_image(context, another_run)
-        stores.append(build())
-    for store in stores:
-        assert_holds(store, files)
+def test_two_processes_may_decode_at_once(files, build):
+    """Also where the other one is the first: a file that is there is not replaced."""
+    processes = [multiprocessing.get_context("fork").Process(target=build) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert_holds(build(), files)
 
 
-def coded_patches(shapes, patch, s, device="cpu"):
-    """Patches of pictures whose pixels are (row, column, image); in HR, images count from 128."""
-    pixels, tables, first = [], ([], []), 0
+def coded(shapes, s):
+    """Pictures [(path, lr, hr)] whose pixels are (row, column, image); in HR, images count from 128."""
+    pictures = []
     for image, shape in enumerate(shapes):
-        for table, scale, code in ((tables[0], 1, image), (tables[1], s, 128 + image)):
+        pair = []
+        for scale, code in ((1, image), (s, 128 + image)):
             rows, columns = np.indices((shape[0] * scale, shape[1] * scale))
-            pixels.append(np.stack([rows, columns, np.full_like(rows, code)], axis=2).reshape(-1, 3))
-            table.append((first, *rows.shape))
-            first += rows.size
-    pixels = torch.from_numpy(np.concatenate(pixels).astype(np.uint8))
-    store = data.Store(pixels, torch.tensor(tables[1]), torch.tensor(tables[0]), names=[])
-    return data.Patches(store, patch, s, device)
+            pair.append(np.stack([rows, columns, np.full_like(rows, code)], axis=2).astype(np.uint8))
+        pictures.append(("path", *pair))
+    return pictures
 
 
 @pytest.mark.parametrize("patch, s", [(1, 2), (4, 2), (4, 3), (4, 4)])
-def test_patches_are_aligned_and_uniform_over_images_and_their_positions(patch, s):
-    """Every position comes up, the edges included, and none beyond."""
+def test_patches_are_aligned_and_uniform_over_images_positions_and_turns(patch, s):
+    """Every position comes up, the edges included, and none beyond; so does each of the eight turns."""
     shapes = [(patch, patch), (patch + 2, patch + 1), (patch, patch + 5), (patch + 4, patch + 4)]
-    torch.manual_seed(8)
-    lr, hr = coded_patches(shapes, patch, s).sample(12_000)
-    assert lr.dtype == hr.dtype == torch.float32
+    lr, hr = data.Patches(coded(shapes, s), patch, s, batch=12_000, seed=8)[0]
+    assert lr.dtype == hr.dtype == torch.float32 and lr.shape == (12_000, 3, patch, patch)
     lr, hr = (lr * 255).round().int(), (hr * 255).round().int()  # (n,3,h,w): row, column, image
-    grid, large = (torch.from_numpy(np.indices((n, n))).int() for n in (patch, s * patch))
-    corner, image = lr[:, :2, :1, :1], lr[:, 2:, :1, :1]
-    assert torch.equal(lr[:, :2], corner + grid) and torch.equal(hr[:, :2], s * corner + large)
+    rows, columns = (hr[:, i] // s for i in (0, 1))
+    assert torch.equal(rows[:, ::s, ::s], lr[:, 0]) and torch.equal(columns[:, ::s, ::s], lr[:, 1])
+    image = lr[:, 2:, :1, :1]
     assert (lr[:, 2:] == image).all() and (hr[:, 2:] == 128 + image).all()
+    corner = lr[:, :2].flatten(2).amin(2)
     for i, (h, w) in enumerate(shapes):
-        tops, lefts = corner[image.flatten() == i].flatten(1).T
+        tops, lefts = corner[image.flatten() == i].T
         cells = (h - patch + 1) * (w - patch + 1)
         counts = np.bincount(tops * (w - patch + 1) + lefts, minlength=cells)
         assert len(counts) == cells and lefts.max() == w - patch
         assert np.abs(counts - 3000 / cells).max() < 6 * math.sqrt(3000 / cells)
+    turned = hr[:, :2] - hr[:, :2].flatten(2).amin(2)[..., None, None]
+    turns, counts = turned.flatten(1).unique(dim=0, return_counts=True)
+    assert len(turns) == 8 and (counts - 1500).abs().max() < 6 * math.sqrt(1500)
 
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.parametrize("free", (0, 2**30))
 @pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=on_gpu)))
-def test_the_seed_alone_decides_the_patches(monkeypatch, device, free):
-    """Also on a GPU, where nothing synchronises, whether its free memory holds the pixels or not.
-    A GPU may compute x/255 as x·(1/255), which differs in the last bit."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-    drawn = []
-    for seed, place in ((1, "cpu"), (1, device), (2, device)):
-        patches = coded_patches([(20, 20), (15, 30)], 4, 2, place)
-        torch.manual_seed(seed)
-        if place == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        batch = patches.sample(50)
-        if place == "cuda":
+def test_seed_and_step_alone_decide_the_patches_and_processes_share_them(device):
+    """Also on a GPU, where nothing synchronises. A GPU may compute x/255 as x·(1/255), off in the last bit."""
+    def patches(seed=1, **share):
+        return data.Patches(coded([(20, 20), (15, 30)], 2), 4, 2, 6, seed, **share)
+    before = torch.get_rng_state()
+    there = patches(device=device)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = there[7]
+    finally:
+        if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-        drawn.append([x.cpu() for x in batch])
-    for x, y in zip(drawn[0], drawn[1]):
-        assert torch.allclose(x, y, rtol=0, atol=1e-7)
-    assert not torch.allclose(drawn[0][0], drawn[2][0])
+    assert torch.equal(before, torch.get_rng_state())
+    for x, again, other, later in zip(drawn, patches()[7], patches(seed=2)[7], patches()[8]):
+        assert torch.allclose(x.cpu(), again, rtol=0, atol=1e-7)
+        assert not torch.allclose(again, other) and not torch.allclose(again, later)
+    parts = [patches(rank=rank, world=3)[7] for rank in range(3)]
+    for whole, share in zip(patches()[7], zip(*parts)):
+        assert torch.equal(whole, torch.cat(share)) and len(share[0]) == 2

@@ -1,4 +1,5 @@
 """Tests of dukd.py, against values computed by hand or by a slow formula that is written here again."""
+import functools
 import inspect
 import itertools
 import math
@@ -226,40 +227,181 @@ def test_zoom_out_reduces_by_s_and_keeps_constants(scale):
     ("nan is not a probability", InvertibleAugmentation.sample, (2, OPS, math.nan)),
     ("7x7 does not fit into patches of 6x8", zoom_in, (torch.zeros(2, 3, 6, 8), 7)),
     ("2x9 does not fit into patches of 6x8", zoom_in, (torch.zeros(2, 3, 6, 8), (2, 9))),
-    ("9x8 are not a multiple of the scale 2", zoom_out, (torch.zeros(1, 3, 9, 8), 2)),
-    ("8x9 are not a multiple of the scale 4", zoom_out, (torch.zeros(1, 3, 8, 9), 4))])
+    ("multiple of the scale 2, not 9x8", zoom_out, (torch.zeros(1, 3, 9, 8), 2)),
+    ("multiple of the scale 4, not 8x9", zoom_out, (torch.zeros(1, 3, 8, 9), 4))])
 def test_mistakes_are_named(message, function, arguments):
     with pytest.raises(ValueError, match=message):
         function(*arguments)
 
 
-def test_dukd_loss_by_hand():
-    """F⁻¹ inverts, transposes, flips: [[0, 1], [.5, .25]], [[0, .5], [1, .25]], [[.5, 0], [.25, 1]]."""
-    student = torch.tensor([[[[1.0, 0.0], [0.5, 0.75]]]])
-    teacher = torch.tensor([[[[0.5, 0.25], [0.25, 1.0]]]])
-    F = InvertibleAugmentation(("hflip", "transpose", "invert"), torch.tensor([[True]] * 3))
-    assert dukd.dukd_loss(student, teacher, F).item() == 0.25 / 4
-    assert dukd.dukd_loss(student, teacher).item() == (0.5 + 0.25 + 0.25 + 0.25) / 4
+class Net(torch.nn.Module):
+    """A network that repeats pixels, with two feature maps to tap. It notes what it is given."""
+
+    def __init__(self, channels, scale=2, seed=0):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(3, channels, 3, padding=1), torch.nn.Conv2d(channels, 3, 1)
+        for k, p in enumerate(self.parameters()):
+            p.data = uniform(*p.shape, seed=10 * seed + k) - 0.4
+        self.scale, self.given, self.answers = scale, [], []
+
+    def forward(self, x):
+        y = self.second(self.first(x)).repeat_interleave(self.scale, -1).repeat_interleave(self.scale, -2)
+        self.given.append(x.detach())
+        self.answers.append(y)
+        return y
 
 
-@pytest.mark.parametrize("h, w", [(8, 8), (4, 12)])
-def test_all_of_l_dukd_for_a_network_that_makes_pixels_larger(h, w):
-    """f_S is 0.9·f_T, and f_T repeats pixels. The draws are made again here, from the same generator."""
-    lr, hr = uniform(6, 3, h, w), uniform(6, 3, 2 * h, 2 * w, seed=1)
-    teacher = lambda x: x.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    scale = torch.tensor(0.9, requires_grad=True)
-    loss = dukd.upcycling_loss(lambda x: scale * teacher(x), teacher, lr, hr, 0.5, seeded(3))
-    generator = seeded(3)
-    z_in, z_out = zoom_in(hr, (h, w), generator), zoom_out(lr, 2)
-    ops = OPS if h == w else ("hflip", "vflip", "invert")
-    F = InvertibleAugmentation.sample(6, ops, 0.5, generator)
-    inverted = F.masks[-1].view(-1, 1, 1, 1)
-    s_in = torch.where(inverted, 1 - 0.9 * (1 - z_in), 0.9 * z_in)  # F⁻¹ of 0.9·F(z)
-    mae = lambda a, b: (a - b).abs().mean()
-    expected = mae(s_in, z_in) + mae(0.9 * z_out, z_out) + mae(0.9 * teacher(z_out), lr)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    loss.backward()
-    assert scale.grad != 0
+def networks(scale=2):
+    """A student, and a teacher that is not frozen; their modules to compare."""
+    student, teacher = Net(4, scale, seed=1), Net(6, scale, seed=2)
+    return student, teacher, [(student.first, teacher.first), (student.second, teacher.second)]
+
+
+def pairs(n=6, h=8, w=8, scale=2):
+    return uniform(n, 3, h, w), uniform(n, 3, scale * h, scale * w, seed=1)
+
+
+def mae(a, b):
+    return (a - b).abs().mean()
+
+
+EVERY = dict.fromkeys(dukd.TERMS, 1)
+
+
+@pytest.mark.parametrize("augment_zoom_out", (False, True))
+def test_terms_are_the_papers_equations(augment_zoom_out):
+    """Each term with forwards of its own. The draws are made again here, from the same generator."""
+    student, teacher, taps = networks()
+    lr, hr = pairs()
+    terms = dukd.losses(student, teacher, lr, hr, EVERY, crops=2, p=0.5, augment_zoom_out=augment_zoom_out,
+                        taps=taps, generator=seeded(3))
+    draw = seeded(3)
+    z_in = zoom_in(hr.repeat_interleave(2, 0), 8, draw)
+    F_in = InvertibleAugmentation.sample(12, p=0.5, generator=draw)
+    z_out, F_out = zoom_out(lr, 2), InvertibleAugmentation.sample(6, p=0.5, generator=draw)
+    s_out = F_out.invert(student(F_out.apply(z_out))) if augment_zoom_out else student(z_out)
+    maps = [(student.first(lr), teacher.first(lr)), (student.second(student.first(lr)), teacher(lr)[..., ::2, ::2])]
+    expected = dict(rec=mae(student(lr), hr), kd=mae(student(lr), teacher(lr)),
+                    zoom_in=mae(F_in.invert(student(F_in.apply(z_in))), teacher(z_in)),
+                    zoom_out=mae(s_out, teacher(z_out)), zoom_out_rec=mae(s_out, lr),
+                    fitnet=sum(dukd.fitnet_loss(s, t) for s, t in maps),
+                    at=sum(dukd.at_loss(s, t) for s, t in maps), fakd=sum(dukd.fakd_loss(s, t) for s, t in maps))
+    assert tuple(terms) == tuple(expected) == dukd.TERMS
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+@pytest.mark.parametrize("on, asked", [  # asked: the inputs that the student and the teacher see
+    (["rec"], ("lr", "")), (["kd"], ("lr", "lr")), (["rec", "kd"], ("lr", "lr")), (["zoom_in"], ("in", "in")),
+    (["zoom_out"], ("out", "out")), (["zoom_out_rec"], ("out", "")), (["fakd"], ("lr", "lr")),
+    (["rec", "zoom_out_rec"], ("lr out", "")), (["rec", "zoom_out", "zoom_out_rec"], ("lr out", "out")),
+    (["rec", "kd", "zoom_in"], ("lr in", "lr in")), (["fitnet", "at", "zoom_in"], ("lr in", "lr in")),
+    ([*EVERY], ("lr in out", "lr in out"))])
+def test_what_has_no_weight_is_not_computed_and_the_teacher_gets_no_gradient(on, asked, monkeypatch):
+    """Each term that is on gives the student gradient. The teacher sees z without F."""
+    student, teacher, taps = networks()
+    lr, hr = pairs()
+    weights = dict.fromkeys(dukd.TERMS, 0) | dict.fromkeys(on, 0.5)
+    made = dict(lr=lr, out=zoom_out(lr, 2))
+    made["in"] = zoom_in(hr, 8, seeded(3))
+    if "in" not in asked[0]:
+        monkeypatch.setattr(dukd, "zoom_in", None)
+    if "out" not in asked[0]:
+        monkeypatch.setattr(dukd, "zoom_out", None)
+    terms = dukd.losses(student, teacher if asked[1] else None, lr, hr, weights, taps=taps, generator=seeded(3))
+    assert [*terms] == [term for term in dukd.TERMS if term in on]
+    for term in terms.values():
+        student.zero_grad()
+        term.backward(retain_graph=True)
+        assert student.first.weight.grad.abs().sum() > 0 and term.shape == ()
+    together = torch.cat([x.flatten() for x in [torch.empty(0), *teacher.given]])
+    assert torch.equal(together, torch.cat([made[name].flatten() for name in asked[1].split()] or [torch.empty(0)]))
+    assert sum(map(len, student.given)) == 6 * len(asked[0].split())
+    assert not any(y.requires_grad for y in teacher.answers)
+
+
+def test_the_crops_of_a_patch_come_from_different_places_in_it():
+    student, teacher, _ = networks()
+    lr, hr = pairs(n=2)
+    dukd.losses(student, teacher, lr, hr, dict(zoom_in=1), crops=2, generator=seeded())
+    crops = hr.unfold(2, 8, 1).unfold(3, 8, 1)  # (2,3,9,9,8,8)
+    found = [(crops[i // 2] == z[:, None, None]).flatten(3).all(3).all(0) for i, z in enumerate(*teacher.given)]
+    places = [where.nonzero().tolist() for where in found]
+    assert all(places) and places[0] != places[1] and places[2] != places[3]
+
+
+def test_p_is_the_strength_of_f_and_other_patches_than_squares_are_not_transposed():
+    lr, hr = pairs(h=4, w=12)
+    for p, ops in ((0, OPS), (1, OPS), (1, ("invert",))):
+        student, teacher, _ = networks()
+        dukd.losses(student, teacher, lr, hr, dict(zoom_in=1), p=p, ops=ops, generator=seeded())
+        z, seen = teacher.given[0], student.given[0]
+        expected = {0: z, 1: 1 - z.flip(-1, -2) if ops == OPS else 1 - z}[p]
+        assert same(seen, expected)
+
+
+def test_inputs_of_one_size_share_a_forward():
+    """Zoom-in's share the one of I_LR, zoom-out's have another."""
+    student, teacher, _ = networks()
+    dukd.losses(student, teacher, *pairs(), dukd.METHODS["dukd"])
+    assert [tuple(x.shape) for x in student.given] == [(12, 3, 8, 8), (6, 3, 4, 4)]
+    assert [tuple(x.shape) for x in teacher.given] == [(12, 3, 8, 8), (6, 3, 4, 4)]
+
+
+def test_the_generator_alone_decides_and_autocast_is_left_to_the_caller():
+    student, teacher, taps = networks()
+    lr, hr = pairs()
+    before = torch.get_rng_state()
+    first, again, other = (dukd.losses(student, teacher, lr, hr, EVERY, taps=taps, generator=seeded(s))
+                           for s in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert first == again and first["zoom_in"] != other["zoom_in"] and first["rec"] == other["rec"]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = dukd.losses(student, teacher, lr, hr, EVERY, taps=taps, generator=seeded(1))
+        assert torch.equal(zoom_out(lr, 2), zoom_out(lr.clone(), 2)) and zoom_out(lr, 2).dtype == torch.float32
+        assert torch.equal(dukd.fakd_loss(lr, hr[..., ::2, ::2]), fakd_in_float32(lr, hr[..., ::2, ::2]))
+    for name, term in rounded.items():
+        assert term.dtype == torch.float32 and term.item() == pytest.approx(first[name].item(), rel=0.05)
+    assert rounded["rec"] != first["rec"]
+
+
+def fakd_in_float32(student, teacher):
+    with torch.autocast("cpu", enabled=False):
+        return dukd.fakd_loss(student, teacher)
+
+
+@pytest.mark.parametrize("message, changes", [
+    ("unknown term 'zoom'; known: rec, kd, zoom_in", dict(weights=dict(rec=1, zoom=1))),
+    ("kd needs a teacher", dict(weights=dict(rec=1, kd=1), teacher=None)),
+    ("fitnet needs a teacher", dict(weights=dict(fitnet=1), teacher=None)),
+    ("at needs taps", dict(weights=dict(at=1))),
+    ("multiple of the scale 2, not 7x8", dict(weights=dict(zoom_out=1), lr=torch.rand(1, 3, 7, 8)))])
+def test_what_does_not_fit_is_named(message, changes):
+    student, teacher, _ = networks()
+    lr, hr = pairs(n=1)
+    given = dict(student=student, teacher=teacher, lr=lr, hr=hr) | changes
+    with pytest.raises(ValueError, match=message):
+        dukd.losses(**given)
+
+
+def test_feature_maps_of_different_size_are_named_and_no_hook_is_left():
+    student, teacher, _ = networks()
+    teacher.first = torch.nn.Conv2d(3, 6, 3, padding=2)
+    taps = [(student.first, teacher.first)]
+    with pytest.raises(ValueError, match=r"8x8 \(student\) and 10x10 \(teacher\)"):
+        dukd.losses(student, teacher, *pairs(), dict(at=1), taps=taps)
+    student.second = None  # the forward fails
+    with pytest.raises(TypeError):
+        dukd.losses(student, teacher, *pairs(), dict(at=1), taps=taps)
+    assert not any(module._forward_hooks for net in (student, teacher) for module in net.modules())
+
+
+def test_methods_are_weights_of_known_terms():
+    """DUKD is the paper's equation, with zoom-out's ground truth. λ_dukd is three weights alike."""
+    assert dukd.METHODS["dukd"] == dict(rec=1, kd=1, zoom_in=1, zoom_out=1, zoom_out_rec=1)
+    assert dukd.METHODS["kd"] == dict(rec=1, kd=1) and dukd.METHODS["scratch"] == dict(rec=1)
+    assert dukd.METHODS["fakd"] == dict(rec=1, kd=1, fakd=10)
+    assert all(weights.keys() <= {*dukd.TERMS} for weights in dukd.METHODS.values())
 
 
 def test_fitnet_by_hand():
@@ -282,8 +424,7 @@ def test_fakd_by_hand():
     assert dukd.fakd_loss(student, teacher).item() == pytest.approx(2 * 0.96 / 4, abs=1e-6)
 
 
-LOSSES = {"dukd": dukd.dukd_loss, "dukd with F": lambda s, t: dukd.dukd_loss(s, t, all_sixteen()),
-          "fitnet": dukd.fitnet_loss, "at": dukd.at_loss, "fakd": dukd.fakd_loss}
+LOSSES = {"fitnet": dukd.fitnet_loss, "at": dukd.at_loss, "fakd": dukd.fakd_loss}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -298,7 +439,7 @@ def test_the_gradient_lowers_the_loss_of_the_student_and_never_reaches_the_teach
     assert 0.985 * loss.item() < lower.item() < 0.995 * loss.item()
 
 
-@pytest.mark.parametrize("name", ("fitnet", "at", "fakd"))
+@pytest.mark.parametrize("name", LOSSES)
 def test_feature_losses_are_float32_and_finite_for_dead_features(name):
     student = torch.zeros(2, 4, 3, 3, dtype=torch.bfloat16).requires_grad_()
     loss = LOSSES[name](student, uniform(2, 4, 3, 3).bfloat16())
@@ -306,55 +447,9 @@ def test_feature_losses_are_float32_and_finite_for_dead_features(name):
     assert loss.dtype == torch.float32 and loss.isfinite() and student.grad.isfinite().all()
 
 
-def test_together_makes_one_forward_per_size_and_keeps_the_order():
-    a, b, c = uniform(2, 3, 4, 4), uniform(1, 3, 6, 4, seed=1), uniform(3, 3, 4, 4, seed=2).requires_grad_()
-    calls = []
-
-    def net(x):
-        calls.append(tuple(x.shape))
-        return (2 * x).bfloat16()
-    inputs = dict(a=a, b=b, c=c)
-    outputs = dukd.together(net, inputs)
-    assert calls == [(5, 3, 4, 4), (1, 3, 6, 4)] and outputs.keys() == inputs.keys()
-    for name, x in inputs.items():
-        assert outputs[name].dtype == torch.float32 and torch.equal(outputs[name], net(x).float())
-    outputs["c"].sum().backward()
-    assert torch.equal(c.grad, torch.full_like(c, 2))
-    assert dukd.together(net, {}) == {}
-
-
-def small_net():
-    body = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 1), torch.nn.ReLU(), torch.nn.Conv2d(5, 2, 1))
-    return torch.nn.Sequential(body, torch.nn.Conv2d(2, 3, 1))
-
-
-def hooks(model):
-    return sum(len(module._forward_hooks) for module in model.modules())
-
-
-def test_tapped_catches_the_first_forward_by_name_and_leaves_no_hooks():
-    net, x = small_net(), uniform(2, 3, 4, 4)
-    with dukd.tapped(net, ["0.2", "0.0"]) as features:
-        assert features == {} and hooks(net) == 2
-        plain = net(x)
-        net(2 * x)
-    assert hooks(net) == 0 and features.keys() == {"0.2", "0.0"}
-    assert torch.equal(features["0.0"], net[0][0](x))
-    assert torch.equal(features["0.2"], net[0](x)) and features["0.2"].requires_grad
-    assert torch.equal(plain, net(x))
-
-
-@pytest.mark.parametrize("names, error", [(["0", "1"], KeyError), (["0", "nowhere"], AttributeError)])
-def test_tapped_leaves_no_hooks_after_an_exception(names, error):
-    net = small_net()
-    with pytest.raises(error, match="nowhere"), dukd.tapped(net, names):
-        raise KeyError("nowhere")
-    assert hooks(net) == 0
-
-
 def copied(*names):
-    """The last of some functions of dukd.py, run where only they and torch are known."""
-    namespace = dict(torch=torch, nnf=nnf, math=math)
+    """The last of some functions of dukd.py, run where only they and their imports are known."""
+    namespace = dict(torch=torch, nnf=nnf, math=math, functools=functools)
     for name in names:
         exec(inspect.getsource(getattr(dukd, name)), namespace)
     return namespace[names[-1]]
@@ -367,8 +462,8 @@ def test_each_part_of_the_method_can_be_copied_out():
     F = copied("InvertibleAugmentation").sample(4, generator=seeded(2))
     G = InvertibleAugmentation.sample(4, generator=seeded(2))
     assert torch.equal(F.apply(hr), G.apply(hr)) and torch.equal(F.invert(hr), G.invert(hr))
-    loss = copied("dukd_loss")
-    assert loss(hr, hr.flip(0), G) == dukd.dukd_loss(hr, hr.flip(0), G)
+    for name in LOSSES:
+        assert copied(f"{name}_loss")(hr, hr.flip(0)) == LOSSES[name](hr, hr.flip(0))
 
 
 def test_the_file_alone_in_an_empty_folder_works(tmp_path):

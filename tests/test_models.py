@@ -218,6 +218,8 @@ def test_drop_path_drops_whole_samples_in_training_only():
      "head=pixelshuffle")])
 def test_names(name, description):
     with torch.device("meta"):
+        img_range = 1.0 if "swinir" in name else 255.0
+        description += f" mean=[0.4488, 0.4371, 0.404] img_range={img_range}"
         assert models.describe(models.build(name, 3).config) == description
 
 
@@ -227,7 +229,6 @@ def test_names(name, description):
     ("edsr_c64b0", 4, "unknown"), ("edsr_c64b16r", 4, "unknown"), ("rcan_c64b6g10r0.1", 4, "unknown"),
     ("swinir_c12s5", 4, "'swinir_c12s5': the Swin layers (5) must be a multiple of six"),
     ("swinir_c60s20", 4, "as in swinir_c60s24"),
-    ("run/student.pt", 4, "--student takes the name of a size, such as edsr_c64b16. --init takes"),
     ("swinir_c20s6", 4, "(20) must be a multiple of its 6 heads"),
     ("edsr_c4b1", 5, "scale 5 is not one of 2, 3, 4, 8"), ("rcan_c4b1g1", None, "2, 3, 4, 8")])
 def test_names_that_are_refused(name, scale, message):
@@ -328,6 +329,18 @@ def test_the_authors_files_answer_as_the_authors_code(tmp_path, kind, scale, tra
     if kind == "edsr":  # spandrel takes such an RCAN as it is
         refused(stored(tmp_path, state | {"sub_mean.weight": torch.zeros(3, 3, 1, 1)}))  # it has no inverse
         refused(stored(tmp_path, state | {"add_mean.weight": torch.ones(3)}))
+
+
+@pytest.mark.parametrize("kind", ["edsr", "rcan"])
+def test_the_authors_names_without_mean_shifts_mean_no_mean_and_range_1(tmp_path, kind):
+    """Other codes train them so. BasicSR's names keep BasicSR's mean. What is given overrides both."""
+    core = make(kind, mean=(0, 0, 0), img_range=1.0)
+    state, _ = authors_file(core, models.DIV2K_MEAN, trained=False)
+    path = stored(tmp_path, {k: v for k, v in state.items() if "_mean" not in k})
+    settings = {"res_scale": 0.3} if kind == "edsr" else {}
+    same(models.load(path, **settings), core)
+    same(models.load(path, mean=models.DIV2K_MEAN, img_range=255.0, **settings), make(kind))
+    same(models.load(stored(tmp_path, core.state_dict()), **settings), make(kind))
 
 
 @pytest.mark.parametrize("kind", ["rcan", "swinir"])
@@ -481,37 +494,11 @@ def test_onnx_export_takes_any_size_and_keeps_weights_as_such(kind, scale):
 
 def test_missing_folder_empty_and_truncated_files(tmp_path):
     refused(tmp_path / "nowhere.pt", "No such file")
-    refused(tmp_path, "is a folder", "student.pt or best.pt")
+    refused(tmp_path, "Is a directory")
     whole = stored(tmp_path, make("edsr").state_dict()).read_bytes()
     for content in (b"", b"PK\3\4", b"a text\n", whole[:1000], whole[:-1000], whole[:-1]):
         (tmp_path / "net.pt").write_bytes(content)
         refused(tmp_path / "net.pt", "empty, truncated or damaged")
-
-
-def test_one_flipped_bit_is_refused(tmp_path):
-    """Every bit that is read is checked. Other bits of a zip file mean nothing: padding, dates."""
-    path, rng, refusals = tmp_path / "net.pt", np.random.RandomState(0), 0
-    models.save(path, models.build("edsr_c2b1", 2))
-    whole, expected = path.read_bytes(), models.load(path).state_dict()
-    for place in rng.randint(0, len(whole), 600):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << rng.randint(8)
-        path.write_bytes(damaged)
-        try:
-            found = models.read_file(path)["params_ema"]
-        except models.CheckpointError:
-            refusals += 1
-        else:
-            assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
-    assert refusals > 300
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_a_torchscript_program_is_named_as_such(tmp_path, recwarn):
-    torch.jit.save(torch.jit.script(torch.nn.Conv2d(3, 3, 3)), tmp_path / "net.pt")
-    recwarn.clear()
-    refused(tmp_path / "net.pt", "is a TorchScript program", "state_dict()")
-    assert not recwarn
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -541,7 +528,6 @@ def test_weights_that_do_not_fit_are_named(tmp_path, kind, key):
     refused(stored(tmp_path, {k: v for k, v in state.items() if k != key}), key, "Missing")
     refused(stored(tmp_path, state | {"more": state[key]}), "more", "Unexpected")
     refused(stored(tmp_path, state | {key: torch.zeros(5, 3)}), key, "5, 3")
-    refused(stored(tmp_path, state | {key: state[key] * torch.inf}), key, "NaN or infinity")
 
 
 @pytest.mark.parametrize("step", ["write", "fsync"])

@@ -11,10 +11,8 @@ import torch
 
 import dukd
 import models
-import train
 
 CASES = json.loads(Path(__file__).with_name("released.json").read_text())["cases"]
-FEATURE_LOSSES = {"fitnet": dukd.fitnet_loss, "at": dukd.at_loss, "fakd": dukd.fakd_loss}
 
 
 def wave(shape, a, b):
@@ -44,18 +42,16 @@ def networks(case, dtype):
             network(case["teacher"], case["scale"], 0.013, dtype))
 
 
-def losses(case, dtype):
-    """The student, and the terms of L without their weights, with the crop and the F of the case."""
+def losses(case, dtype, monkeypatch):
+    """The student, and the terms of L, with the crop and the F of the case."""
     student, teacher = networks(case, dtype)
-    lr, hr = pair(case["scale"], dtype)
     top, left = case["crop"]
-    ops = ("hflip", "vflip", "transpose", "invert")
-    masks = torch.tensor([case["masks"][op] for op in ops]).bool()
-    F = dukd.InvertibleAugmentation(ops, masks)
-    c = train.complete(train.Config(precision="float32"), teacher)
-    batch = train.Batch(lr, hr, hr[:, :, top:top + 12, left:left + 12], dukd.zoom_out(lr, case["scale"]), F)
-    c.lambda_rec = c.lambda_kd = c.lambda_dukd = 1.0
-    return student, train.losses(student, teacher, batch, c)
+    ops = dukd.InvertibleAugmentation.OPERATIONS
+    F = dukd.InvertibleAugmentation(ops, torch.tensor([case["masks"][op] for op in ops]).bool())
+    no_F = dukd.InvertibleAugmentation((), ())
+    monkeypatch.setattr(dukd, "zoom_in", lambda hr, size, *rest: hr[:, :, top:top + 12, left:left + 12])
+    monkeypatch.setattr(F.__class__, "sample", lambda n, ops, *rest: F if ops else no_F)
+    return student, dukd.losses(student, teacher, *pair(case["scale"], dtype), dukd.METHODS["dukd"])
 
 
 def gradient(loss, student):
@@ -71,10 +67,11 @@ def norm(gradients):
 @pytest.mark.parametrize("dtype, tolerance, tolerance_of_terms", [
     (torch.float64, 3e-7, 3e-7), (torch.float32, 5e-6, 1e-6)])
 @pytest.mark.parametrize("scale", CASES)
-def test_terms_and_gradients_are_those_of_the_released_code(scale, dtype, tolerance, tolerance_of_terms):
+def test_terms_and_gradients_are_those_of_the_released_code(scale, dtype, tolerance, tolerance_of_terms,
+                                                            monkeypatch):
     """released_update: the sum of the two gradients that one iteration of that code hands to Adam, halved."""
     case = CASES[scale]
-    student, terms = losses(case, dtype)
+    student, terms = losses(case, dtype, monkeypatch)
     assert terms.keys() == case["terms"].keys()
     for name, expected in case["terms"].items():
         assert terms[name].item() == pytest.approx(expected, rel=tolerance_of_terms), name
@@ -100,7 +97,7 @@ def test_zoom_out_reduces_as_the_released_code(scale):
         assert z.flatten()[place].item() == pytest.approx(value, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", FEATURE_LOSSES)
+@pytest.mark.parametrize("name", ["fitnet", "at", "fakd"])
 @pytest.mark.parametrize("scale", CASES)
 def test_feature_losses_are_those_of_the_released_code(scale, name):
     """Of the map behind `conv_after_body` they are not: there it holds the long skip."""
@@ -108,10 +105,9 @@ def test_feature_losses_are_those_of_the_released_code(scale, name):
     lr = pair(CASES[scale]["scale"], torch.float64)[0]
     taps = [("conv_first", "conv_first"), ("body.0", "body.1"), ("body.1", "body.2")]
     expected = CASES[scale]["features"][name]
-    with dukd.tapped(student, [tap for tap, _ in taps]) as s, dukd.tapped(teacher, [tap for _, tap in taps]) as t:
-        student(lr), teacher(lr)
     for (s_tap, t_tap), value, length in zip(taps, expected["values"], expected["gradient_norms"]):
-        loss = FEATURE_LOSSES[name](s[s_tap], t[t_tap])
+        modules = [(student.get_submodule(s_tap), teacher.get_submodule(t_tap))]
+        loss = dukd.losses(student, teacher, lr, lr, {name: 1}, taps=modules)[name]
         assert loss.item() == pytest.approx(value, rel=1e-6)
         gradients = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True, retain_graph=True)
         assert norm(g for g in gradients if g is not None) == pytest.approx(length, rel=1e-5)
