@@ -1,7 +1,7 @@
 """Images: reading them, MATLAB's bicubic, and aligned training patches.
 
 A picture is a uint8 array (H,W,3), RGB. A batch is a float tensor (N,3,h,w) in [0,1]. A training image is
-decoded once, into a raw file that is mapped into memory. Patches are cut from it: a batch takes a millisecond.
+decoded once, into a raw file that is mapped into memory. Patches are cut from it, a batch in a millisecond.
 """
 import functools
 import hashlib
@@ -26,6 +26,9 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow would refuse more than 179 megapixels; t
 EXTENSIONS = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm",
               ".tga", ".tif", ".tiff", ".webp"}
 PHOTOGRAPHS = Path(skimage.data.__file__).parent  # scikit-image brings them
+TRAIN = ("astronaut.png", "brick.png", "camera.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
+         "moon.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg")
+VAL = ("coffee.png", "chelsea.png", "coins.png")
 
 
 class DataError(ValueError):
@@ -38,8 +41,8 @@ def note(text):
 
 
 def read_image(path):
-    """The picture in a file as RGB, uint8 (H,W,3), turned as its EXIF says. Grey becomes three equal channels,
-    transparency is left out. DataError, naming the file, if it is missing, damaged, of several frames, or of
+    """The picture in a file as RGB, uint8 (H,W,3), turned as its EXIF says. Grey becomes three equal channels.
+    Transparency is left out. DataError, naming the file, if it is missing, damaged, of several frames, or of
     more than 8 bits a value."""
     if not Path(path).is_file():  # a pipe might never end
         raise DataError(f"{path} is missing, or is not a file")
@@ -87,7 +90,7 @@ def images_in(folder):
 
 
 def find_hr(places):
-    """`find_images` for HR. DataError where a folder has a picture twice, as a_HR and a_LR, or as a and ax4."""
+    """`find_images` for HR. DataError where a folder has a picture twice, as a_HR and a_LR, or a and ax4."""
     images, found = find_images(places), {}
     for path in images:
         name = re.sub(r"(?<=.)[_-]?(x[2348]|(HR|LR|SR|GT)[2348]?)$", "", path.stem)
@@ -98,16 +101,9 @@ def find_hr(places):
     return images
 
 
-def embedded_train():
-    """The paths of scikit-image's photographs to train on where no data is given."""
-    names = ["astronaut.png", "brick.png", "camera.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
-             "moon.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg"]
+def embedded(names):
+    """The paths of some of scikit-image's photographs: TRAIN or VAL."""
     return find_images(PHOTOGRAPHS / name for name in names)
-
-
-def embedded_val():
-    """The paths of scikit-image's photographs to validate on."""
-    return find_images(PHOTOGRAPHS / name for name in ["coffee.png", "chelsea.png", "coins.png"])
 
 
 def imresize(image, factor):
@@ -199,7 +195,7 @@ def seed_of(seed, step, draws=0):
 class Patches:
     """patches[step]: the training pairs of a step, I_LR (N,3,p,p) and I_HR (N,3,s·p,s·p), floats in [0,1].
     They are a function of (seed, step). Every image is equally likely, then every position in it, and then
-    each of the eight ways to turn or mirror a patch. Of `world` processes, each draws all and gets its part."""
+    each of the eight ways to turn or mirror it. Each of `world` processes draws them all and gets its part."""
 
     def __init__(self, pictures, patch, scale, batch, seed, device="cpu", rank=0, world=1):
         """pictures: [(path, lr, hr)], lr at least p = patch pixels a side."""

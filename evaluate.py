@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -133,8 +134,8 @@ def resizer(scale):
 
 def reader(place, scale, names):
     """The maker that reads pictures of another tool. For baby it reads baby, babyx4 or baby_x4 in the folder
-    `place`, or else the only babyx4_ANY or baby_ANY. names: of all HR pictures; night_sky_x4 is not night's if
-    there is a night_sky. DataError for none, for several, and for a wrong size."""
+    `place`, or else the only babyx4_ANY or baby_ANY. names: of all HR pictures. If there is a night_sky, then
+    night_sky_x4 is not night's. DataError for none, for several, and for a wrong size."""
     owned = {name: [] for name in names}
     for file in data.find_images([place]):
         owners = [name for name in names if re.fullmatch(rf"{re.escape(name)}(x{scale})?(_.+)?", file.stem)]
@@ -302,7 +303,7 @@ def upscale_files(make, source, out, scale):
 
 
 def upscale_file(make, path, target, scale):
-    """Upscales one picture. Its ICC profile is kept if it describes RGB, which the picture may not have been."""
+    """Upscales one picture. Its ICC profile is kept, unless it describes CMYK, say, which has become RGB."""
     picture = data.read_image(path)
     encoded(target, np.zeros((1, scale * max(picture.shape), 3), np.uint8))  # it fails before the long work
     with Image.open(path) as file:
@@ -312,8 +313,8 @@ def upscale_file(make, path, target, scale):
 
 
 def encoded(path, image, profile=None):
-    """uint8 (H,W,3) as bytes in the format of the path's ending, nearly lossless where it is lossy, with an ICC
-    profile where the format takes one. DataError where it cannot hold the picture."""
+    """uint8 (H,W,3) as bytes in the format of the path's ending, at quality 95 where it is lossy, with an ICC
+    profile where it takes one. DataError where the format cannot hold the picture."""
     ending = Path(path).suffix.lower()
     if ending not in data.EXTENSIONS:
         raise data.DataError(f"{path} cannot be written: its ending names no known format. Name a .png")
@@ -381,15 +382,16 @@ def parse(argv):
 
 
 def pick_device(name=""):
-    """The device of that name, with its number: cuda becomes cuda:0. Without a name a GPU, or the CPU where
-    there is none. DataError if it cannot be used."""
+    """The device of that name, with its number. Without a name a GPU, or the CPU where there is none. "cuda" is
+    this process's own GPU under torchrun. DataError if it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        zero = torch.zeros(1, device=name)
-        zero.item()  # this fails for "meta", which holds no values
+        torch.zeros(1, device=name).item()  # this fails for "meta", which holds no values
     except (RuntimeError, AssertionError, ValueError) as e:
         raise data.DataError(f"--device {name} is not usable here: {str(e).splitlines()[0]}") from None
-    return zero.device
+    return torch.device(name)
 
 
 @contextlib.contextmanager

@@ -50,8 +50,8 @@ def upsampler(channels, scale):
 
 
 def shuffle_then_conv(x, r, conv):
-    """conv(F.pixel_shuffle(x, r)) for a 3×3 convolution with padding 1, computed before the shuffle. The sums are
-    the same, but of c·r² → k·r² channels, which bfloat16 units are good at, not c → 3 at r² as many positions.
+    """conv(F.pixel_shuffle(x, r)) for a 3×3 convolution with padding 1, computed before the shuffle. The sums
+    are the same, but of c·r² → k·r² channels: bfloat16 units are fast there, and slow at c → 3 for every pixel.
     x (N,c·r²,h,w), conv c → k. Returns (N,k,r·h,r·w).
     The shuffle turns the 3×3 pixels around (i,j) of x into 3r×3r. Output pixel (r·i + p, r·j + q) sees 3×3 of
     these, shifted by (p,q). So each (p,q) has a kernel of its own: `conv.weight` at that place among zeros,
@@ -360,8 +360,7 @@ def parse(name, scale):
     if found := re.fullmatch(f"swinir_c{number}s{number}", spelled):
         channels, layers = map(int, found.groups())
         if layers % 6:
-            raise CheckpointError(f"model '{name}': the Swin layers ({layers}) must be a multiple of six, "
-                                  f"six to a stage, as in swinir_c{channels}s{layers + 6 - layers % 6}")
+            raise CheckpointError(f"model '{name}': the Swin layers must be a multiple of six, six to a stage")
         return dict(arch="swinir", scale=scale, channels=channels, stages=layers // 6)
     raise CheckpointError(f"unknown model '{name}'; known: {NAMES_HELP}")
 

@@ -338,10 +338,9 @@ def read_config(folder):
 
 
 def set_up_device(name):
-    """The torch.device of a --device. "cuda", as the default, is this process's own GPU under torchrun."""
+    """The torch.device of a --device, ready for training."""
     evaluate.keep_freed_memory()
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = evaluate.pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    device = evaluate.pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
@@ -411,7 +410,7 @@ def choose_pictures(args):
     """The paths of the training pictures, and of the held-out ones."""
     images, held = data.find_hr(args.data), data.find_hr(args.val)
     if not images:
-        images, held = data.embedded_train(), held or data.embedded_val()
+        images, held = data.embedded(data.TRAIN), held or data.embedded(data.VAL)
     if not held:
         count = min(max(len(images) // 10, 1), 10)
         held = images[::len(images) // count][:count]
@@ -461,8 +460,8 @@ def check_folder(run):
 
 
 def accelerate(run):
-    """Makes run.forward_backward as fast as the device allows; results change by rounding only. Tries a step, so
-    that what cannot work ends before a folder is made. run.seconds: what this took."""
+    """Makes run.forward_backward as fast as the device allows; results change by rounding only. Tries a step,
+    so that what cannot work ends before a folder is made. run.seconds: what this took."""
     began, cuda = time.perf_counter(), run.device.type == "cuda"
     pair = run.patches[run.step]
     torch.backends.cudnn.benchmark = True  # cuDNN searches for the fastest algorithm of each shape
@@ -472,6 +471,8 @@ def accelerate(run):
         run.forward_backward(*pair)
     except ValueError as e:  # dukd.losses says what does not fit
         raise ConfigError(str(e)) from None
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()  # cuDNN's search takes more than a step
     if cuda and run.args.compile == "graph":
         run.forward_backward = Recorded(run.forward_backward, pair)
     torch.backends.cudnn.benchmark = False  # it would search anew for each size of held-out picture
@@ -479,7 +480,7 @@ def accelerate(run):
 
 
 def compile_blocks(run, pair):
-    """Compiles the blocks that the networks repeat. Where that fails, it says why and leaves them as they are."""
+    """Compiles the blocks that the networks repeat. Where that fails, it says why, and they stay as they are."""
     networks = [net for net in (run.teacher, run.student) if net]
     blocks = [m for net in networks for m in net.modules() if isinstance(m, models.BLOCKS)]
     torch._dynamo.config.recompile_limit = 32  # widths, batch sizes and masks of teacher and student
@@ -503,7 +504,6 @@ class Recorded:
     def __init__(self, function, pair):
         for _ in range(3):  # the libraries choose their algorithms
             function(*pair)
-        torch.cuda.reset_peak_memory_stats()
         self.pair, self.graph = pair, torch.cuda.CUDAGraph()
         gc.disable()  # memory that is freed meanwhile would spoil the recording
         try:

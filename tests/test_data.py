@@ -266,11 +266,11 @@ def test_a_file_in_several_places_is_found_once_in_the_first(tmp_path, monkeypat
 
 
 def test_the_embedded_photographs(monkeypatch, tmp_path):
-    train, held_out = data.embedded_train(), data.embedded_val()
+    train, held_out = data.embedded(data.TRAIN), data.embedded(data.VAL)
     assert len(train) == 10 and len(held_out) == 3 and not set(train) & set(held_out)
     assert all(min(data.read_image(path).shape[:2]) >= 48 * 4 for path in train + held_out)
     monkeypatch.setattr(data, "PHOTOGRAPHS", tmp_path)
-    refused(data.embedded_val, "coffee.png does not exist")
+    refused(lambda: data.embedded(data.VAL), "coffee.png does not exist")
 
 
 @pytest.mark.parametrize("s, h, w", [(2, 6, 5), (3, 4, 3), (4, 3, 2)])

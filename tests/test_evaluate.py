@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -410,13 +409,6 @@ def test_help_is_printed_in_any_encoding(program, encoding):
     words = [sys.executable, Path(evaluate.__file__).with_name(program), "--help"]
     done = subprocess.run(words, capture_output=True, env=os.environ | dict(PYTHONIOENCODING=encoding))
     assert done.returncode == 0 and not done.stderr and b"--device" in done.stdout
-
-
-def test_a_device_has_its_number(monkeypatch):
-    """torch.cuda.set_device does not take a device without one."""
-    on_gpu = SimpleNamespace(item=float, device=torch.device("cuda:0"))
-    monkeypatch.setattr(torch, "zeros", lambda *size, device: on_gpu)
-    assert evaluate.pick_device("cuda") == torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("kind, text, ends", [

@@ -468,9 +468,8 @@ def test_cuda_is_the_gpu_of_the_process_under_torchrun(monkeypatch, given, names
     asked = []
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train.evaluate, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
-    train.set_up_device(given)
-    assert asked == names
+    monkeypatch.setattr(torch, "zeros", lambda n, device: asked.append(device) or torch.ones(n))
+    assert str(train.evaluate.pick_device(given)) == asked[0] and asked == names
 
 
 @pytest.mark.parametrize("works", [True, False])
