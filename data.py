@@ -41,8 +41,8 @@ def note(text):
 
 
 def read_image(path):
-    """The picture in a file as RGB, uint8 (H,W,3), turned as its EXIF says. Grey becomes three equal channels.
-    Transparency is left out. DataError, naming the file, if it is missing, damaged, of several frames, or of
+    """The picture in a file as RGB, uint8 (H,W,3), turned as its EXIF says. Grey becomes three like channels,
+    transparency is left out. DataError, naming the file, if it is missing, damaged, of several frames, or of
     more than 8 bits a value."""
     if not Path(path).is_file():  # a pipe might never end
         raise DataError(f"{path} is missing, or is not a file")
@@ -139,8 +139,8 @@ def read_pair(path, scale, least=1, cache=None):
 
 def mapped(path, scale, cache):
     """(lr, hr) as arrays that are mapped from a file in the folder `cache`: a set may be larger than memory.
-    The file is made the first time: height and width of lr, int32, and the pixels of lr and hr. Its name tells
-    the picture's place, size and time, and s. OSError, naming the folder, where the disk is full."""
+    The file is made the first time: height and width of lr, int32, and the pixels of lr and hr. Its name is
+    made of the picture's place, size and time, and s. OSError, naming the folder, where the disk is full."""
     about = path.stat()
     key = repr((str(path.resolve()), about.st_size, about.st_mtime_ns, scale))
     file = Path(cache, hashlib.sha256(key.encode()).hexdigest()[:24] + ".rgb")
@@ -195,7 +195,7 @@ def seed_of(seed, step, draws=0):
 class Patches:
     """patches[step]: the training pairs of a step, I_LR (N,3,p,p) and I_HR (N,3,s·p,s·p), floats in [0,1].
     They are a function of (seed, step). Every image is equally likely, then every position in it, and then
-    each of the eight ways to turn or mirror it. Each of `world` processes draws them all and gets its part."""
+    each of the eight ways to turn or mirror it. Each of `world` processes draws all, and gets its part."""
 
     def __init__(self, pictures, patch, scale, batch, seed, device="cpu", rank=0, world=1):
         """pictures: [(path, lr, hr)], lr at least p = patch pixels a side."""

@@ -201,7 +201,7 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
         L = sum(METHODS["dukd"][name] * term for name, term in terms.items())
     student, teacher: f_S and f_T, (N,3,h,w) → (N,3,s·h,s·w), in [0,1]. Only f_S gets gradients. Freeze f_T,
       and put it into eval mode; None if no term needs it. Wrap a network that works in another range, as in
-      [−1,1]: lambda x: net(2 * x - 1) / 2 + 0.5. L1 grows with the range: in [0,255] it is 255 times as large.
+      [−1,1]: lambda x: net(2 * x - 1) / 2 + 0.5. L1 grows with the range: 255 times as large in [0,255].
     lr: I_LR (N,3,h,w). hr: I_HR (N,3,s·h,s·w). For zoom-out, h and w are multiples of s.
     weights: {term: λ}, as in METHODS. What has no weight, or 0, is not computed.
     crops: zoom-in crops of each HR patch. ops, p: F, see `InvertibleAugmentation`; p = 0 leaves it out.

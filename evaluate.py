@@ -382,8 +382,8 @@ def parse(argv):
 
 
 def pick_device(name=""):
-    """The device of that name, with its number. Without a name a GPU, or the CPU where there is none. "cuda" is
-    this process's own GPU under torchrun. DataError if it cannot be used."""
+    """The device of that name, with its number. Without a name a GPU, or the CPU where there is none. "cuda"
+    is the process's own GPU under torchrun. DataError if it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

@@ -13,7 +13,6 @@ Parameter names are those of BasicSR (EDSR, RCAN) and of SwinIR's authors, so fi
 """
 import contextlib
 import copy
-import inspect
 import math
 import os
 import re
@@ -50,8 +49,8 @@ def upsampler(channels, scale):
 
 
 def shuffle_then_conv(x, r, conv):
-    """conv(F.pixel_shuffle(x, r)) for a 3×3 convolution with padding 1, computed before the shuffle. The sums
-    are the same, but of c·r² → k·r² channels: bfloat16 units are fast there, and slow at c → 3 for every pixel.
+    """conv(F.pixel_shuffle(x, r)) of a 3×3 convolution with padding 1, computed before the shuffle. The sums
+    are the same, but of c·r² → k·r² channels: bfloat16 units are fast there, but slow at c → 3 for each pixel.
     x (N,c·r²,h,w), conv c → k. Returns (N,k,r·h,r·w).
     The shuffle turns the 3×3 pixels around (i,j) of x into 3r×3r. Output pixel (r·i + p, r·j + q) sees 3×3 of
     these, shifted by (p,q). So each (p,q) has a kernel of its own: `conv.weight` at that place among zeros,
@@ -360,7 +359,7 @@ def parse(name, scale):
     if found := re.fullmatch(f"swinir_c{number}s{number}", spelled):
         channels, layers = map(int, found.groups())
         if layers % 6:
-            raise CheckpointError(f"model '{name}': the Swin layers must be a multiple of six, six to a stage")
+            raise CheckpointError(f"model '{name}': the Swin layers must be a multiple of six, a stage's")
         return dict(arch="swinir", scale=scale, channels=channels, stages=layers // 6)
     raise CheckpointError(f"unknown model '{name}'; known: {NAMES_HELP}")
 
@@ -466,8 +465,7 @@ def unwrap(content, path):
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no state dict but a {type(content).__name__}")
     config = content.get("config")  # other codes store settings of their own under this name
-    kind = isinstance(config, dict) and ARCHITECTURES.get(str(config.get("arch")))
-    if not kind or config.keys() - {"arch", *inspect.signature(kind).parameters}:
+    if not isinstance(config, dict) or config.get("arch") not in [*ARCHITECTURES]:
         config = {}
     for key in ("state_dict", "model_state_dict", "model", "net", "params_ema", "params", "ema"):
         if isinstance(content.get(key), dict):

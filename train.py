@@ -480,7 +480,7 @@ def accelerate(run):
 
 
 def compile_blocks(run, pair):
-    """Compiles the blocks that the networks repeat. Where that fails, it says why, and they stay as they are."""
+    """Compiles the blocks that the networks repeat. Where that fails, it says why and leaves them alone."""
     networks = [net for net in (run.teacher, run.student) if net]
     blocks = [m for net in networks for m in net.modules() if isinstance(m, models.BLOCKS)]
     torch._dynamo.config.recompile_limit = 32  # widths, batch sizes and masks of teacher and student

@@ -293,45 +293,102 @@ def runs_table(folders):
             yield f"| {' | '.join(map(str, cells))} | {max(scores):.2f}, {scores[-1]:.2f} |"
 
 
-# What --plot draws. At the left, a curve of each arm; at the right, a set of images, a marker and its height.
-CURVES = {"zoom-in": "o-", "DUKD": "s-", "scratch": "^-"}
+def steps_of(arm):
+    """How many steps an arm takes."""
+    found = re.search(r", ([\d,]+) steps$", arm)
+    return int(found[1].replace(",", "")) if found else 600
+
+
+LR_PIXELS = {LARGE: 50 * 171_926, REDUCED: 50 * 10_745}  # of small photographs 6,681 each, on average
+
+
+def epochs(arm, n):
+    """How often each LR pixel of a set is seen, on average, in batches of four 48×48 patches."""
+    return steps_of(arm) * 4 * 48 ** 2 / LR_PIXELS.get(n, 6681 * n if isinstance(n, int) else None)
+
+
+def lasting_pairs(studies):
+    """(arm, KD of its length, images) of zoom-in in some studies."""
+    pairs = {(arm, n) for study in studies for arm, n, _ in STUDIES[study] if arm.startswith("zoom-in")}
+    return [(arm, arm.replace("zoom-in", "KD"), n) for arm, n in sorted(pairs, key=lambda p: epochs(*p))]
+
+
+def gap(arm, n, seed):
+    """How much better a student is over bicubic on 16 of its training pictures than on the held-out ones, dB."""
+    pictures = records()[arm, n, seed]["pictures"]
+    over_bicubic = {k: pictures["best"][k] - pictures["bicubic"][k] for k in ("trained_on", "held")}
+    return over_bicubic["trained_on"] - over_bicubic["held"]
+
+
+def fit_of_p():
+    """The lines that say what study P predicts: gain = a + b·log n + c·log steps, with 95 % t-intervals."""
+    points = [(n, steps_of(arm), value) for arm, kd, n in lasting_pairs(["P"]) if n != ALL
+              for value in differences(arm, kd, n)]
+    yield "| images | steps | epochs | gain of zoom-in over KD | room: teacher − KD | KD's gap |\n|---|---|---|---|---|---|"
+    teacher = 27.404  # B100, edsr_baseline.json
+    for arm, kd, n in lasting_pairs(["P"]):
+        if differences(arm, kd, n):
+            room = teacher - np.mean(list(psnrs(kd, n, "best", "B100").values()))
+            gaps = [gap(kd, n, seed) for seed in psnrs(kd, n, "best", "B100")]
+            yield (f"| {n} | {steps_of(arm):,} | {epochs(arm, n):.3g} | {gain(arm, kd, n)} | {room:.3f} | "
+                   f"{spread(gaps, 3)} |")
+    if len(points) > 4:
+        n, steps, gains = map(np.array, zip(*points))
+        x = np.stack([np.ones(len(n)), np.log(n), np.log(steps)], axis=1)
+        found, (squares,), *_ = np.linalg.lstsq(x, gains, rcond=None)
+        free = len(n) - 3
+        errors = np.sqrt(np.diag(np.linalg.inv(x.T @ x)) * squares / free) * scipy.stats.t.ppf(0.975, free)
+        for name, value, error in zip(("a", "b (log n)", "c (log steps)"), found, errors):
+            yield f"{name} = {value:+.4f} [{value - error:+.4f}, {value + error:+.4f}] dB, {len(n)} points"
+
+
+# What --plot draws at the right: a set of images, its label, its marker and its height.
 SETS = [(ALL, "881 photographs of 0.1 megapixels", "o", 0.2),
         (LARGE, "50 photographs of 2.8 megapixels", "s", 0),
         (REDUCED, "the same 50, reduced to a quarter", "D", -0.2)]
 
 
 def plot():
-    """results/gains.png: what an arm gains over KD on B100, a dot a seed.
-    At the left against the number of small photographs, at the right for each loss and three sets."""
+    """results/gains.png: what an arm gains over KD on B100, a dot a seed. At the left zoom-in against the epochs,
+    then against KD's gap; at the right each loss on three sets."""
     try:
         import matplotlib
     except ImportError:
         raise data.DataError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    counts = [n for n in (2, 8, 32, 128, ALL) if differences("zoom-in", "KD", n)]
-    for arm, style in CURVES.items():
-        points = [(n, value) for n in counts for value in differences(arm, "KD", n)]
-        means = [np.mean(differences(arm, "KD", n)) for n in counts]
-        line, = left.plot(counts, means, style, label=arm)
-        left.plot(*zip(*points), style[0], color=line.get_color(), markersize=3)
-    left.axhline(0, color="gray", linewidth=1)
-    left.set_xscale("log", base=2)
-    left.set(xticks=counts, xticklabels=counts, xlabel="training photographs of 0.1 megapixels",
-             ylabel="B100: PSNR over KD, dB")
-
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
+    for i, n in enumerate((2, 8, 32, 128, ALL, LARGE)):
+        lines = [(epochs(arm, n), differences(arm, kd, n)) for arm, kd, m in lasting_pairs(["P"]) if m == n]
+        lines = [(x, gains) for x, gains in lines if gains]
+        label = f"{n} small" if n != LARGE else "50 large"
+        left.plot([x for x, _ in lines], [np.mean(gains) for _, gains in lines], "-", color=f"C{i}")
+        left.plot(*zip(*[(x, y) for x, gains in lines for y in gains] or [(1, np.nan)]), "o", color=f"C{i}",
+                  label=label)
+        for arm, kd, m in lasting_pairs(["L", "N", "O"]):
+            for y in differences(arm, kd, n) if m == n else []:
+                left.plot(epochs(arm, n), y, "x", color=f"C{i}")
+        for arm, kd, m in lasting_pairs(["P"]):
+            for seed, y in zip(sorted(psnrs(arm, n, "best", "B100")), differences(arm, kd, n) if m == n else []):
+                middle.plot(gap(kd, n, seed), y, "o", color=f"C{i}")
+    left.axvline(64, color="gray", linestyle=":")
+    left.text(64, left.get_ylim()[1], " the paper", va="top", color="gray")
+    left.set_xscale("log")
+    left.set(xlabel="epochs (o: study P; x: L, N, O)", ylabel="zoom-in's gain over KD on B100, dB")
+    middle.set(xlabel="KD's PSNR on its training pictures, above the held-out ones, dB", ylabel="the same gain, dB")
     arms = [arm for arm in reversed(TERMS) if arm not in (START, "KD")]
     for n, label, marker, height in SETS:
         points = [(value, i + height) for i, arm in enumerate(arms) for value in differences(arm, "KD", n)]
         right.plot(*zip(*points), marker, label=label, markersize=5)
     right.axvline(0, color="gray", linewidth=1)
-    right.set(yticks=range(len(arms)), yticklabels=arms,
-              xlabel="B100: PSNR over KD, dB")
+    right.set(yticks=range(len(arms)), yticklabels=arms, xlabel="each loss: PSNR over KD on B100, dB")
     right.locator_params("x", nbins=5)
+    for axes in (left, middle):
+        axes.axhline(0, color="gray", linewidth=1)
     for axes in (left, right):
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=3 if axes is left else 1)
+    for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     figure.savefig(RESULTS / "gains.png", dpi=130)
 
 
@@ -358,6 +415,8 @@ def main():
         if not options.report:
             run(study, place, options.seeds, options.jobs)
         print(f"\n{study}", *table(study, options.over), sep="\n")
+        if study == "P":
+            print("", *fit_of_p(), sep="\n")
     if options.plot:
         plot()
 

@@ -1,5 +1,8 @@
-"""Pictures and files that several tests make, whole and damaged."""
+"""What several tests share: pictures, whole and damaged, and how mistakes are refused."""
+import re
+
 import numpy as np
+import pytest
 from PIL import Image  # imageio brings it
 
 
@@ -19,3 +22,21 @@ def cut(path, share):
     """A picture's file, cut off after a share of its bytes."""
     content = save(noise(64, 64, 3), path).read_bytes()
     path.write_bytes(content[:int(len(content) * share)])
+
+
+def raises(kind, call, *words):
+    """The call raises an error of that kind, whose message is one line that has these words."""
+    with pytest.raises(kind) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message and all(str(word) in message for word in words), message
+
+
+def error_lines(main, words, capture):
+    """What a program that ends with an error and exit code 2 prints on stderr, without progress bars."""
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, words)])
+    lines = re.split(r"[\r\n]+", capture.readouterr().err)
+    lines = [line for line in lines if line.strip() and "%|" not in line]
+    assert end.value.code == 2 and lines[-1].startswith("error: "), lines
+    return lines

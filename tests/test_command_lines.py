@@ -1,6 +1,5 @@
-"""The command lines: a mistake ends with exit code 2 and one line that names it. It leaves no file behind."""
+"""The command lines: a mistake ends with exit code 2 and one line that names it. It leaves no file."""
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,10 +11,10 @@ import torch
 import evaluate
 import models
 import train
-from samples import cut, noise, save
+from samples import cut, error_lines, noise, save
 
 ROOT = Path(__file__).resolve().parent.parent
-NEW = "--teacher x2.pt --student edsr_c2b1 --batch 1 --patch 8 --steps 1 --device cpu --out new --cache ../cache"
+NEW = "--teacher x2.pt --student edsr_c2b1 --batch 1 --patch 8 --steps 1 --device cpu --out new --cache ../c"
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +27,15 @@ def place(tmp_path_factory):
     (base / "damaged.pt").write_bytes((base / "x2.pt").read_bytes()[:-999])
     torch.save({"fc.weight": torch.zeros(2, 2)}, base / "other.pt")
     (base / "file.txt").write_text("text")
-    folders = dict(train=4, val=1, one=1, small=2, other=4, cut=2, empty=0, pair=1)
     sizes = dict(small=(12, 12), other=(16, 17))
-    for folder, count in folders.items():
+    counts = dict(train=4, val=1, one=1, small=2, other=4, cut=2, empty=0, pair=1, twins=1)
+    for folder, count in counts.items():
         (base / folder).mkdir()
         for i in range(count):
             save(noise(*sizes.get(folder, (32, 36)), 3, seed=i), base / folder / f"im{i}.png")
     cut(base / "cut" / "im1.png", 0.6)
     save(noise(16, 18, 3), base / "pair" / "im0x2.png")
+    save(noise(16, 18, 3), base / "twins" / "im0.bmp")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(base)
         train.main([*NEW.split(), "--data", "train", "--val", "val", "--out", "run"])
@@ -44,75 +44,48 @@ def place(tmp_path_factory):
     return base
 
 
-def snapshot(folder):
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
-
-
 def refused(main, words, place, monkeypatch, capfd):
     """The line with which a command in the folder `place` ends."""
+    snapshot = lambda: {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in place.rglob("*")}
     monkeypatch.chdir(place)
-    before = snapshot(place)
-    with pytest.raises(SystemExit) as end:
-        main(words.split())
-    errors = re.split(r"[\r\n]+", capfd.readouterr().err)
-    lines = [line for line in errors if line.strip() and "%|" not in line]  # without progress bars
-    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert snapshot(place) == before
+    before = snapshot()
+    lines = error_lines(main, words.split(), capfd)
+    assert len(lines) == 1 and snapshot() == before
     return lines[0]
 
 
 @pytest.mark.parametrize("words, named", [
-    ("--teacher nowhere.pt", "nowhere.pt"),
-    ("--teacher empty", "empty"),
-    ("--teacher file.txt", "file.txt is no checkpoint"),
+    *((f"--{name} {value}", f"--{name}") for name, value in [
+        ("scale", 5), ("method", "dukdd"), ("ops", "hflip transpse"), ("steps", 0), ("steps", "many"),
+        ("steps", "1e9"), ("batch", 0), ("crops", 0), ("val-every", -1), ("lr", "nan"), ("lr", 2), ("ema", 1),
+        ("p", 1.5), ("lambda-kd", -1), ("lambda-zoom-in", "inf"), ("device", "abacus"), ("device", "cuda:77"),
+        ("device", "meta")]),
+    ("--teacher nowhere.pt", "nowhere.pt"), ("--init nowhere.pt", "nowhere.pt"),
+    ("--teacher other.pt", "other.pt"), ("--teacher file.txt", "file.txt is no checkpoint"),
     ("--teacher damaged.pt", "damaged.pt is no checkpoint"),
-    ("--teacher other.pt", "other.pt"),
-    ("--scale 4", "x2.pt is for x2, not x4: leave --scale out"),
     ("--teacher run", "run cannot be read: Is a directory"),
-    ("--student x2.pt", "unknown model 'x2.pt'"),
-    ("--scale 5", "--scale"),
-    ("--init nowhere.pt", "nowhere.pt"),
-    ("--init x2.pt", "x2.pt does not fit the student: "),
-    ("--student edsr_basline", "unknown model 'edsr_basline'"),
-    ("--data nowhere", "nowhere does not exist"),
-    ("--data empty", "empty has no images"),
-    ("--data .", ". has no images"),
+    ("--scale 4", "x2.pt is for x2, not x4: leave --scale out"),
+    ("--student x2.pt", "unknown model 'x2.pt'"), ("--init x2.pt", "x2.pt does not fit the student: "),
+    ("--data nowhere", "nowhere does not exist"), ("--data empty", "empty has no images"),
+    ("--data one", "one has one picture"), ("--data train --val empty", "empty has no images"),
     ("--data file.txt --val val", "file.txt is not a readable image"),
     ("--data cut --val val", "cut/im1.png is not a readable image"),
-    ("--data one", "one has one picture"),
-    ("--data train --val empty", "empty has no images"),
     ("--data train --val small", "2 of 2 pictures cannot be used; small/im0.png is too small"),
     ("--data train --val val --patch 20", "4 of 4 pictures cannot be used; train/im0.png is too small"),
     ("--data pair --val val", "pair/im0.png and pair/im0x2.png look like one picture twice"),
     ("--data train --val pair", "pair/im0.png and pair/im0x2.png look like one picture twice"),
     ("--patch 9", "zoom-out needs patches of a multiple of the scale 2, not 9x9"),
     ("--ops hflip hflip", "an operation is named twice"),
-    ("--ops hflip transpse", "transpse"),
     ("--method scratch --lambda-rec 0", "nothing to learn from"),
-    ("--method dukdd", "dukdd"),
-    ("--no-zoom-out", "unrecognized arguments: --no-zoom-out"),
     ("--stpes 3", "unrecognized arguments: --stpes 3"),
-    *((f"--{name} {value}", f"--{name}") for name, value in [
-        ("steps", 0), ("steps", "many"), ("steps", "1e9"), ("batch", 0), ("crops", 0), ("val-every", -1),
-        ("lr", "nan"), ("lr", 2), ("ema", 1), ("p", 1.5), ("lambda-kd", -1), ("lambda-zoom-in", "inf")]),
-    ("--device abacus", "--device abacus"),
-    ("--device cuda:77", "--device cuda:77"),
-    ("--device meta", "--device meta"),
     ("--out empty", "empty exists: give --resume empty to go on with a run, or another --out"),
-    ("--out file.txt/new --data train --val val", "file.txt/new cannot be read or written: Not a directory")])
-def test_wrong_words_for_a_new_run(place, monkeypatch, capfd, words, named):
-    assert named in refused(train.main, f"{NEW} {words}", place, monkeypatch, capfd)
-
-
-@pytest.mark.parametrize("words, named", [
-    ("--student edsr_c2b1 --device cpu --patch 8", "kd needs a teacher"),
-    ("--method scratch", "--student small needs a --teacher"),
+    ("--out file.txt/new --data train --val val", "file.txt/new cannot be read or written: Not a directory"),
+    ("--teacher= --data train --val val", "kd needs a teacher"),
+    ("--teacher= --method scratch --student small", "--student small needs a --teacher"),
     ("--resume nowhere", "--resume nowhere: no run is there"),
-    ("--resume empty", "--resume empty: no run is there"),
-    ("--resume broken", "broken/last.ckpt is no checkpoint")])
-def test_wrong_words_without_a_teacher_and_for_an_old_run(place, monkeypatch, capfd, words, named):
-    words += "" if "--resume" in words else " --steps 1 --cache ../cache"
-    assert named in refused(train.main, words, place, monkeypatch, capfd)
+    ("--resume broken --out broken", "broken/last.ckpt is no checkpoint")])
+def test_wrong_words_for_a_run(place, monkeypatch, capfd, words, named):
+    assert named in refused(train.main, f"{NEW} {words}", place, monkeypatch, capfd)
 
 
 def test_a_finished_run_may_be_resumed_and_stays_as_it_is(place, monkeypatch, capfd):
@@ -124,58 +97,51 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(place, monkeypatch, ca
 
 
 @pytest.mark.parametrize("words, named", [
-    ("", "name models"),
-    ("x2.pt", "--data"),
-    ("nowhere.pt --data val", "nowhere.pt"),
-    ("damaged.pt --data val", "damaged.pt is no checkpoint"),
+    ("", "name models"), ("x2.pt", "--data"), ("nowhere.pt --data val", "nowhere.pt"),
     ("x2.pt x4.pt --data val", "x4.pt is a x4 network, but x2 is wanted"),
-    ("bicubic --data val", "give --scale"),
-    ("x2.pt --data val --scale 5", "--scale"),
+    ("bicubic --data val", "give --scale"), ("x2.pt --data val --scale 5", "--scale"),
+    ("x2.pt --data val --tile nan", "--tile"), ("x2.pt --data val --device cuda:77", "--device cuda:77"),
     ("x2.pt --data val --devise cpu", "unrecognized arguments: --devise cpu"),
-    ("x2.pt --data val --device cuda:77", "--device cuda:77"),
-    ("x2.pt --data val --tile nan", "--tile"),
-    ("x2.pt --data nowhere", "nowhere does not exist"),
-    ("x2.pt --data empty", "empty has no images"),
-    ("x2.pt --data small", "small/im0.png"),
-    ("x2.pt --data cut", "cut/im1.png is not a readable image"),
-    ("x2.pt --data val --json empty", "empty cannot be read or written"),
+    ("x2.pt --data nowhere", "nowhere does not exist"), ("x2.pt --data small", "small/im0.png"),
     ("x2.pt --data pair", "pair/im0.png and pair/im0x2.png look like one picture twice"),
-    ("--sr empty --data val --scale 2", "empty"),
-    ("--sr other --data val --scale 2", "other/im0.png"),
-    ("--sr bicubic --data val --scale 2", "write ./bicubic"),
-    ("--sr HR --data val --scale 2", "write ./HR"),
+    ("x2.pt --data val --json empty", "empty cannot be read or written"),
     ("x2.pt --data val --figure new.psd", "new.psd cannot be written"),
-    ("x2.pt --json new.json --bench 1", "--json"),
-    ("x2.pt --bench 0", "--bench"),
+    ("--sr empty --data val --scale 2", "empty"), ("--sr other --data val --scale 2", "other/im0.png"),
+    ("--sr bicubic --data val --scale 2", "write ./bicubic"), ("--sr HR --data val --scale 2", "write ./HR"),
+    ("x2.pt --json new.json --bench 1", "--json"), ("x2.pt --bench 0", "--bench"),
     ("x2.pt --input val", "--output is missing"),
     ("x2.pt bicubic --input val --output new", "--input takes one model"),
     ("x2.pt --input nowhere --output new", "nowhere does not exist"),
+    ("x2.pt --input twins --output new", "twins holds two pictures of the same name"),
     ("x2.pt --input file.txt --output new.png", "file.txt is not a readable image"),
-    ("x2.pt --input val/im0.png --output new.xyz", "new.xyz cannot be written: its ending names no known format"),
+    ("x2.pt --input val/im0.png --output new.xyz", "new.xyz cannot be written: its ending names no known"),
     ("x2.pt --input val/im0.png --output file.txt/new", "file.txt/new cannot be read or written"),
     ("x2.pt --input val --output file.txt", "file.txt")])
 def test_wrong_words_for_evaluate(place, monkeypatch, capfd, words, named):
     assert named in refused(evaluate.main, words, place, monkeypatch, capfd)
 
 
-@pytest.mark.parametrize("words, named", [
-    ("", "name studies"), ("Z", "name studies"), ("L --data .", "has no train/ or no highres/")])
-def test_wrong_words_for_the_studies(tmp_path, words, named):
-    done = subprocess.run([sys.executable, ROOT / "results/study.py", *words.split()], cwd=tmp_path,
-                          capture_output=True, text=True)
+def script(name, *words, **options):
+    """A script in a process of its own."""
+    return subprocess.run([sys.executable, ROOT / name, *words], capture_output=True, **options)
+
+
+@pytest.mark.parametrize("name, words, named", [
+    ("train.py", "--dvice cpu", "error: unrecognized arguments: --dvice cpu (see --help)"),
+    ("results/study.py", "", "name studies"), ("results/study.py", "Z", "name studies"),
+    ("results/study.py", "L --data .", "has no train/ or no highres/")])
+def test_the_scripts_themselves_end_with_one_line_and_exit_code_2(tmp_path, name, words, named):
+    done = script(name, *words.split(), cwd=tmp_path, text=True)
     assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not done.stdout and not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("encoding", ["cp932", "ascii"])
-def test_a_run_prints_on_any_terminal(place, tmp_path, encoding):
+@pytest.mark.parametrize("encoding", ["cp1252", "cp932", "ascii"])
+def test_scripts_print_on_any_terminal(place, tmp_path, encoding):
+    terminal = os.environ | dict(PYTHONIOENCODING=encoding)
+    for name in ("evaluate.py", "train.py"):
+        done = script(name, "--help", env=terminal)
+        assert done.returncode == 0 and not done.stderr and b"--device" in done.stdout
     words = f"{NEW} --data train --val val --out {tmp_path}/run".split()
-    done = subprocess.run([sys.executable, ROOT / "train.py", *words], cwd=place, capture_output=True,
-                          env=os.environ | dict(PYTHONIOENCODING=encoding))
-    assert done.returncode == 0 and b"L = 1?rec + 1?kd" in done.stdout
-
-
-def test_the_script_itself_ends_with_one_line_and_exit_code_2(tmp_path):
-    words = [sys.executable, ROOT / "train.py", "--dvice", "cpu"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and not done.stdout and not any(tmp_path.iterdir())
-    assert done.stderr == "error: unrecognized arguments: --dvice cpu (see --help)\n"
+    done = script("train.py", *words, cwd=place, env=terminal)
+    assert done.returncode == 0 and "L = 1·rec + 1·kd".encode(encoding, "replace") in done.stdout

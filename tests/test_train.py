@@ -1,12 +1,13 @@
 """train.py: settings in layers, one update, whole runs, resuming, several processes, and the faster step."""
 import contextlib
 import csv
-import itertools
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+import types
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -18,7 +19,7 @@ import data
 import dukd
 import models
 import train
-from samples import noise, save
+from samples import error_lines, noise, save
 
 TESTS = Path(__file__).resolve().parent
 STUDENTS = dict(edsr="edsr_c4b3", rcan="rcan_c8b1g1", swinir="swinir_c12s6")
@@ -43,15 +44,13 @@ def words(place, out, family="edsr", **changes):
     given = dict(teacher=f"{place}/{family}_x4.pt", student=STUDENTS[family], data=f"{place}/train",
                  val=f"{place}/val", cache=f"{place}/cache", out=out, batch=2, patch=8, steps=4, device="cpu",
                  precision="float32")
-    found = []
-    for name, value in (given | changes).items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        found += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return found
+    return [f"--{name}={value}" for name, value in (given | changes).items()]
 
 
-def settings(place, out, *more, **changes):
-    return train.parse([*words(place, out, **changes), *more])
+@pytest.fixture
+def settings(place, tmp_path):
+    """Makes the settings of a short run in a folder of that name."""
+    return lambda out="run", *more, **changes: train.parse([*words(place, tmp_path / out, **changes), *more])
 
 
 def rows(out):
@@ -62,13 +61,13 @@ def equal(xs, ys):
     return all(map(torch.equal, xs, ys))
 
 
-def refused(argv, capsys):
-    """The line with which train.py ends."""
-    with pytest.raises(SystemExit) as end:
-        train.main(list(map(str, argv)))
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2 and line.startswith("error: ")
-    return line
+def close(xs, ys):
+    return all(torch.allclose(x, y, atol=1e-6) for x, y in zip(xs, ys, strict=True))
+
+
+def refusal(capsys, *words):
+    """The line that train.py ends with."""
+    return error_lines(train.main, words, capsys)[-1]
 
 
 def test_defaults_come_in_layers_and_what_is_typed_counts():
@@ -76,8 +75,9 @@ def test_defaults_come_in_layers_and_what_is_typed_counts():
                             if getattr(args, f"lambda_{term}")}
     args = train.parse([])
     assert weights(args) == dukd.METHODS["dukd"]
-    assert (args.steps, args.batch, args.patch, args.lr, args.schedule, args.ema) == (250_000, 16, 48, 1e-4, "step", 0.999)
-    assert (args.crops, args.p, args.ops, args.augment_zoom_out) == (1, 0.3, [*dukd.InvertibleAugmentation.OPERATIONS], False)
+    defaults = dict(steps=250_000, batch=16, patch=48, lr=1e-4, schedule="step", ema=0.999, crops=1, p=0.3,
+                    ops=[*dukd.InvertibleAugmentation.OPERATIONS], augment_zoom_out=False)
+    assert defaults.items() <= vars(args).items()
     for method, expected in dukd.METHODS.items():
         assert weights(train.parse(["--method", method])) == expected
     args = train.parse("--method zoom_in --quick --lambda_kd 0 --lambda-fakd=2 --batch 5".split())
@@ -95,114 +95,97 @@ def test_help_shows_the_defaults_of_the_method(capsys):
 
 
 def test_learning_rate_milestones_scale_with_the_steps():
-    at = lambda *steps, **given: [train.learning_rate(step, train.parse([f"--{k}={v}" for k, v in given.items()]))
-                                  for step in steps]
-    assert at(0, 99_999, 100_000, 199_999, 200_000) == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5, 1e-6])
-    assert at(3, 4, 7, 8, steps=10) == pytest.approx([1e-4, 1e-5, 1e-5, 1e-6])
-    assert at(0, 5, 10, steps=10, schedule="cosine") == pytest.approx([1e-4, 5e-5, 0], abs=1e-12)
+    at = lambda words, *steps: [train.learning_rate(step, train.parse(words.split())) for step in steps]
+    assert at("", 0, 99_999, 100_000, 199_999, 200_000) == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5, 1e-6])
+    assert at("--steps 10", 3, 4, 7, 8) == pytest.approx([1e-4, 1e-5, 1e-5, 1e-6])
+    assert at("--steps 10 --schedule cosine", 0, 5, 10) == pytest.approx([1e-4, 5e-5, 0], abs=1e-12)
 
 
-def test_the_loop_is_adam_on_each_gradient_and_averages_the_weights(place, tmp_path, monkeypatch):
+def test_the_loop_is_adam_on_each_gradient_and_averages_the_weights(settings):
     """Ten steps with torch's Adam. The decay of the average is (1 + step) / (10 + step) until it is 0.4.
-    The loss is dukd.losses, called once a step and once to try it; what it draws depends on seed and step."""
-    calls, losses = [], dukd.losses
-    monkeypatch.setattr(dukd, "losses", lambda *given: calls.append(1) or losses(*given))
-    args = settings(place, tmp_path / "run", steps=10, lr=1e-2, ema=0.4, lambda_fitnet=0.5, lambda_rec=3)
-    run = train.train(args)
-    assert len(calls) == 11
-    other = train.Run(settings(place, tmp_path / "other", steps=10, lr=1e-2, ema=0.4))
+    The log has each term of dukd.losses times its weight. What it draws depends on seed and step."""
+    given = dict(steps=10, lr=1e-2, ema=0.4)
+    run = train.train(settings(**given, lambda_fitnet=0.5, lambda_rec=3))
+    other = train.Run(settings("other", **given))
     adam = torch.optim.Adam(other.parameters, betas=(0.9, 0.99))
     average = [w.detach().clone() for w in other.parameters]
     taps = [(other.student.get_submodule(s), other.teacher.get_submodule(t))
             for s, t in zip(other.student.taps, other.teacher.taps)]
     weights = dukd.METHODS["dukd"] | dict(rec=3, fitnet=0.5)
+    log = rows(run.out)
+    assert list(log[0]) == ["step", "lr", *weights, "total", "val_psnr", "ms", "peak_gib"]
     for step, rate in enumerate([1e-2] * 4 + [1e-3] * 4 + [1e-4] * 2):
         lr, hr = other.patches[step]
         torch.manual_seed(data.seed_of(0, step, 1))
-        terms = losses(other.student, other.teacher, lr, hr, weights, taps=taps)
-        loss = sum(weights[name] * term for name, term in terms.items())
+        terms = dukd.losses(other.student, other.teacher, lr, hr, weights, taps=taps)
+        weighted = {name: weights[name] * term for name, term in terms.items()}
+        weighted["total"] = sum(weighted.values())
         adam.param_groups[0]["lr"] = rate
         adam.zero_grad()
-        loss.backward()
+        weighted["total"].backward()
         adam.step()
         decay = min(0.4, (1 + step) / (10 + step))
         average = [decay * a + (1 - decay) * w.detach() for a, w in zip(average, other.parameters)]
-        assert float(rows(run.out)[step]["total"]) == pytest.approx(loss.item(), rel=1e-5)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(run.parameters, other.parameters))
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(run.averaged, average))
+        for name, value in weighted.items():
+            assert float(log[step][name]) == pytest.approx(value.item(), rel=1e-5)
+        assert float(log[step]["lr"]) == rate and 0 < float(log[step]["ms"]) and not log[step]["peak_gib"]
+    assert close(run.parameters, other.parameters) and close(run.averaged, average)
     assert not any(p.requires_grad for p in run.averaged)  # the average keeps no graph of the steps
 
 
-def test_a_run_learns_logs_its_terms_and_keeps_what_it_was(place, tmp_path, monkeypatch):
-    made, compute = [], train.forward_backward
-    monkeypatch.setattr(train, "forward_backward", lambda *given: made.append(compute(*given)) or made[-1])
-    args = settings(place, tmp_path / "run", student="edsr_c8b3", steps=40, lr=2e-2, val_every=10, lambda_rec=5)
+def test_a_run_learns_and_keeps_what_it_was(settings):
+    """It is validated first after 100 steps, unless it is sooner by --val-every."""
+    args = settings(student="edsr_c8b3", steps=101, lr=1e-2, val_every=60, lambda_rec=5)
     run = train.train(args, "python train.py …")
-    log, terms = rows(run.out), ["rec", "kd", "zoom_in", "zoom_out", "zoom_out_rec"]
-    assert list(log[0]) == ["step", "lr", *terms, "total", "val_psnr", "ms", "peak_gib"]
-    for row, values in zip(log, made[1:], strict=True):  # without the one that was tried
-        assert [float(row[name]) for name in (*terms, "total")] == pytest.approx(values.tolist(), rel=1e-6)
-        assert sum(float(row[name]) for name in terms) == pytest.approx(float(row["total"]), rel=1e-5)
-        assert 0 < float(row["ms"]) < 10_000 and not row["peak_gib"]
-    scores = {int(row["step"]): float(row["val_psnr"]) for row in log if row["val_psnr"]}
-    assert list(scores) == [10, 20, 30, 40] and scores[40] > scores[10] + 1
-    assert run.best == pytest.approx(max(scores.values()), abs=1e-4)
+    scores = {int(row["step"]): float(row["val_psnr"]) for row in rows(run.out) if row["val_psnr"]}
+    assert list(scores) == [60, 100, 101] and scores[101] > scores[60] + 1
     about = json.loads((run.out / "config.json").read_text())
-    assert about["identity"]["held_out"] == ["im0.png"] and about["identity"]["pictures"] == [f"im{i}.png" for i in range(4)]
+    assert about["identity"]["held_out"] == ["im0.png"]
+    assert about["identity"]["pictures"] == [f"im{i}.png" for i in range(4)]
     assert about["settings"] == json.loads(json.dumps(vars(args))) and about["settings"]["lambda_rec"] == 5
     assert about["command"] == "python train.py …" and about["accelerate_s"] > 0
-    assert models.load(run.out / "best.pt").scale == 4 and iio.imread(run.out / "compare.png").shape[2] == 3
+    assert iio.imread(run.out / "compare.png").shape[2] == 3
     assert models.load(run.out / "last.ckpt").config == run.student.config
 
 
-def test_the_first_validation_comes_after_100_steps(place, tmp_path):
-    run = train.train(settings(place, tmp_path / "run", steps=101, method="scratch", student="edsr_c1b1", val_every=1000))
-    assert [row["step"] for row in rows(run.out) if row["val_psnr"]] == ["100", "101"]
-
-
-def test_the_best_weights_are_kept(place, tmp_path, monkeypatch):
-    scores, averages = iter((30.0, 20.0, 25.0)), []
-
-    def score(run, make, label):
-        if label != "student":
-            return 40.0
-        averages.append({k: v.clone() for k, v in run.ema.state_dict().items()})
-        return next(scores)
-    monkeypatch.setattr(train.Run, "score", score)
-    run = train.train(settings(place, tmp_path / "run", steps=6, val_every=2))
-    best, last = (models.load(run.out / f"{name}.pt").state_dict() for name in ("best", "student"))
-    assert run.best == 30 and equal(best.values(), averages[0].values())
-    assert equal(last.values(), averages[2].values()) and not equal(best.values(), last.values())
+def test_the_best_averaged_weights_are_kept(settings):
+    """At this rate the best step is not the last."""
+    run = train.train(settings(steps=7, val_every=2, lr=0.1, ema=0.5))
+    scores = [float(row["val_psnr"]) for row in rows(run.out) if row["val_psnr"]]
+    assert scores[-1] < max(scores) == pytest.approx(run.best, abs=1e-4)
+    for name, score in (("best", max(scores)), ("student", scores[-1])):
+        network = models.load(run.out / f"{name}.pt")
+        assert run.score(train.evaluate.upscaler(network), name) == pytest.approx(score, abs=1e-4)
+    assert equal(network.parameters(), run.averaged)
 
 
 def assert_same_outcome(whole, out):
-    """The same weights, bit for bit, and the same log but for the times."""
-    for name in ("student.pt", "best.pt"):
+    """The same files, bit for bit, but for the times in the log."""
+    for name in ("student.pt", "best.pt", "compare.png"):
         assert (whole / name).read_bytes() == (out / name).read_bytes(), name
     assert [row | dict(ms="") for row in rows(whole)] == [row | dict(ms="") for row in rows(out)]
 
 
-def at_the_draw_of(step, act):
-    """Has `act` called when the patches of a step are drawn in the loop."""
-    draw, times = data.Patches.__getitem__, itertools.count()
+def signals_at(step, patch, *numbers):
+    """Has the process send itself signals when it draws the patches of a step."""
+    draw = data.Patches.__getitem__
 
     def drawing(patches, number):
-        if number == step and next(times) == (step == 0):  # those of step 0 are tried before
-            act()
+        if number == step:
+            for signal_number in numbers:
+                signal.raise_signal(signal_number)
         return draw(patches, number)
-    return drawing
+    patch.setattr(data.Patches, "__getitem__", drawing)
 
 
 @pytest.mark.parametrize("family", STUDENTS)
-def test_stopped_and_resumed_equals_uninterrupted(place, tmp_path, monkeypatch, family):
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, settings, monkeypatch, family):
     """SwinIR with its random drop-path too. With this rate the best step is not the last."""
     given = dict(family=family, steps=7, val_every=3, lr=0.1, ema=0)
-    train.train(settings(place, tmp_path / "whole", **given))
-    stop = at_the_draw_of(3, lambda: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr(data.Patches, "__getitem__", stop)
-    with pytest.raises(SystemExit) as end:
-        train.train(settings(place, tmp_path / "parts", **given))
-    monkeypatch.undo()
+    train.train(settings("whole", **given))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        signals_at(3, patch, signal.SIGTERM)
+        train.train(settings("parts", **given))
     assert end.value.code == 128 + signal.SIGTERM
     train.main(["--resume", str(tmp_path / "parts")])
     assert_same_outcome(tmp_path / "whole", tmp_path / "parts")
@@ -211,55 +194,49 @@ def test_stopped_and_resumed_equals_uninterrupted(place, tmp_path, monkeypatch, 
 @pytest.fixture
 def stopped(place, tmp_path, monkeypatch):
     """The folder of a run that was stopped after 3 of 7 steps; its pictures are copies."""
-    for folder in ("train", "val"):
-        (tmp_path / folder).mkdir()
-        for path in (place / folder).iterdir():
-            (tmp_path / folder / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "teacher.pt").write_bytes((place / "edsr_x4.pt").read_bytes())
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    stop = at_the_draw_of(2, lambda: signal.raise_signal(signal.SIGINT))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(data.Patches, "__getitem__", stop)
-        train.main(words("", "run", teacher="teacher.pt", data="train", val="val", cache="cache", steps=7, val_every=3))
+        signals_at(2, patch, signal.SIGINT)
+        train.main(words(".", "run", steps=7, val_every=3))
     return tmp_path / "run"
 
 
 def test_paths_and_pace_may_be_given_anew(stopped):
-    for folder in ("train", "val", "teacher.pt", "run"):
-        Path(folder).rename(f"moved_{folder}")
-    train.main("--resume moved_run --data moved_train --val moved_val --teacher moved_teacher.pt --val-every 1 "
-               "--cache other --device cpu --compile no".split())
+    for name in ("train", "val", "edsr_x4.pt", "run"):
+        Path(name).rename(f"moved_{name}")
+    train.main("--resume moved_run --data moved_train --val moved_val --teacher moved_edsr_x4.pt "
+               "--cache other --val-every 1 --device cpu --compile no".split())
     log = rows("moved_run")
     assert [row["step"] for row in log] == [*"1234567"] and all(row["val_psnr"] for row in log[3:])
 
 
-@pytest.mark.parametrize("more, named", [
-    ("--batch 4", "run is another run: batch is 2 there, not 4"), ("--seed 1", "seed is 0 there, not 1"),
-    ("--student edsr_c4b2", "student is edsr_c4b3 there"), ("--lambda-kd 2", "lambda_kd is 1.0 there, not 2.0"),
-    ("--method kd", "method is dukd there, not kd"), ("--ops hflip", "ops is ['invert', 'transpose', 'vflip']"),
-    ("--steps 9", "steps is 7 there, not 9")])
-def test_what_shapes_a_run_may_not_change(stopped, capsys, more, named):
+def test_what_shapes_a_run_may_not_change(stopped, capsys):
     before = {path: path.read_bytes() for path in stopped.iterdir()}
-    assert named in refused(["--resume", stopped, *more.split()], capsys)
+    for typed, named in [
+            ("--batch 4", "batch is 2 there, not 4"), ("--seed 1", "seed is 0 there, not 1"),
+            ("--student edsr_c4b2", "student is edsr_c4b3 there"), ("--steps 9", "steps is 7 there, not 9"),
+            ("--lambda-kd 2", "lambda_kd is 1.0 there"), ("--method kd", "method is dukd there, not kd"),
+            ("--ops hflip", "ops is ['invert', 'transpose', 'vflip'] there")]:
+        assert f"run is another run: {named}" in refusal(capsys, "--resume", stopped, *typed.split())
+    save(noise(64, 72, 3), "train/im9.png")
+    assert "pictures is [] there, not ['im9.png']" in refusal(capsys, "--resume", stopped)
+    Path("train/im9.png").rename("val/im1.png")
+    assert "held_out is [] there, not ['im1.png']" in refusal(capsys, "--resume", stopped)
+    Path("val/im1.png").unlink()
+    state = torch.load("edsr_x4.pt")
+    state["params_ema"]["conv_first.bias"] += 1e-6
+    torch.save(state, "edsr_x4.pt")
+    assert "teacher_sha256 is" in refusal(capsys, "--resume", stopped)
     assert before == {path: path.read_bytes() for path in stopped.iterdir()}
 
 
-def test_pictures_and_teacher_must_be_those_of_the_run(stopped, capsys):
-    save(noise(64, 72, 3), "train/im9.png")
-    assert "pictures is [] there, not ['im9.png']" in refused(["--resume", stopped], capsys)
-    Path("train/im9.png").rename("val/im1.png")
-    assert "held_out is [] there, not ['im1.png']" in refused(["--resume", stopped], capsys)
-    Path("val/im1.png").unlink()
-    state = torch.load("teacher.pt")
-    state["params_ema"]["conv_first.bias"] += 1e-6
-    torch.save(state, "teacher.pt")
-    assert "teacher_sha256 is" in refused(["--resume", stopped], capsys)
+def test_a_run_of_another_version_is_refused(stopped, capsys):
     about = json.loads((stopped / "config.json").read_text())
     del about["settings"]["lambda_rec"]
-    (stopped / "config.json").write_text(json.dumps(about))
-    assert "was made by another version of train.py" in refused(["--resume", stopped], capsys)
-    (stopped / "config.json").write_text("{}")
-    assert "was made by another version" in refused(["--resume", stopped], capsys)
+    for content in (about, {}):
+        (stopped / "config.json").write_text(json.dumps(content))
+        assert "was made by another version of train.py" in refusal(capsys, "--resume", stopped)
 
 
 def test_a_resumed_log_has_the_rows_that_its_checkpoint_knows(stopped):
@@ -276,8 +253,8 @@ def test_a_resumed_log_has_the_rows_that_its_checkpoint_knows(stopped):
         assert log.read_text() == "\n".join([head, *kept, ""])
 
 
-def test_the_teacher_stays_as_it_was_and_validation_changes_nothing(place, tmp_path):
-    runs = [train.train(settings(place, tmp_path / str(n), family="swinir", steps=3, val_every=n)) for n in (1, 3)]
+def test_the_teacher_stays_as_it_was_and_validation_changes_nothing(place, settings):
+    runs = [train.train(settings(f"run{n}", family="swinir", steps=3, val_every=n)) for n in (1, 3)]
     teacher = runs[0].teacher
     assert equal(runs[0].averaged, runs[1].averaged)
     assert equal(teacher.parameters(), models.load(place / "swinir_x4.pt").parameters())
@@ -285,22 +262,24 @@ def test_the_teacher_stays_as_it_was_and_validation_changes_nothing(place, tmp_p
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_init_takes_what_fits_of_another_scale_and_says_how_much(place, tmp_path, capsys):
+def test_init_takes_what_fits_of_another_scale_and_says_how_much(place, settings, capsys):
     """All of a ×2 network but the upsampler's second stage; of three blocks the first."""
-    run = train.Run(settings(place, tmp_path / "run", student="edsr_c8b3", init=place / "edsr_x2.pt"))
+    run = train.Run(settings(student="edsr_c8b3", init=place / "edsr_x2.pt"))
     own, source = run.student.state_dict(), models.load(place / "edsr_x2.pt").state_dict()
     assert [k for k in own if k not in source] == ["upsample.2.weight", "upsample.2.bias"]
-    assert all(torch.equal(own[k], value) for k, value in source.items()) and equal(run.parameters, run.averaged)
-    train.Run(settings(place, tmp_path / "run", student="edsr_c8b1", init=place / "edsr_x4.pt"))
-    assert f"init    14 of the student's 14 tensors come from {place / 'edsr_x4.pt'}, which has 22" in capsys.readouterr().out
+    assert all(torch.equal(own[k], value) for k, value in source.items())
+    assert equal(run.parameters, run.averaged)
+    train.Run(settings(student="edsr_c8b1", init=place / "edsr_x4.pt"))
+    text = f"init    14 of the student's 14 tensors come from {place / 'edsr_x4.pt'}, which has 22"
+    assert text in capsys.readouterr().out
 
 
-def test_init_starts_with_the_function_of_the_file(place, tmp_path):
+def test_init_starts_with_the_function_of_the_file(tmp_path, settings):
     """Weights mean another function under another residual scale, mean or range."""
     torch.manual_seed(2)
     given = models.EDSR(4, channels=8, blocks=3, res_scale=0.2, mean=(0.1, 0.2, 0.3), img_range=1.0).eval()
     models.save(tmp_path / "given.pt", given)
-    args = settings(place, tmp_path / "run", student="edsr_c8b3", init=tmp_path / "given.pt")
+    args = settings(student="edsr_c8b3", init=tmp_path / "given.pt")
     x = torch.rand(1, 3, 8, 8)
     assert torch.allclose(train.Run(args).student(x), given(x), atol=1e-6)
     run = train.train(args)
@@ -308,12 +287,9 @@ def test_init_starts_with_the_function_of_the_file(place, tmp_path):
     assert torch.equal(again.student(x), run.student(x)) and torch.equal(again.ema(x), run.ema(x))
 
 
-def test_a_run_of_hours_says_so_before_its_first_step(place, tmp_path, monkeypatch, capsys):
-    seconds = itertools.count(0, 100)
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(seconds))
-    monkeypatch.setattr(train.Run, "write_row", lambda run, *rest: pytest.exit("a step was made"))
-    run = train.Run(settings(place, tmp_path / "slow", steps=72))
-    train.accelerate(run)
+def test_a_run_of_hours_says_so_before_its_first_step(settings, capsys):
+    run = train.Run(settings(steps=72))
+    run.seconds = 100  # of the step that was tried
     train.start(run, "python train.py --teacher x")
     assert ("about 2 hours. It can be stopped and resumed at any time. A run of minutes: "
             "python train.py --teacher x --quick\n") in capsys.readouterr().err
@@ -329,7 +305,8 @@ def test_a_tenth_of_the_images_is_held_out(tmp_path, count, held):
 
 def test_a_run_takes_the_next_free_name(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    first, second = (train.train(settings(place, "", steps=1, method="kd", student="edsr_c16b3")) for _ in range(2))
+    args = train.parse(words(place, "", steps=1, method="kd", student="edsr_c16b3"))
+    first, second = train.train(args), train.train(args)
     assert (first.out, second.out) == (Path("runs/kd_edsr_c16b3_x4"), Path("runs/kd_edsr_c16b3_x4_2"))
     printed = capsys.readouterr()
     assert "loss    L = 1·rec + 1·kd\n" in printed.out and "mean=[0.4488, 0.4371, 0.404]" in printed.out
@@ -338,17 +315,18 @@ def test_a_run_takes_the_next_free_name(place, tmp_path, monkeypatch, capsys):
 
 def test_feature_maps_that_do_not_fit_are_refused_before_a_folder_is_made(place, tmp_path, capsys):
     argv = words(place, tmp_path / "run", student="swinir_c12s6", method="fitnet", patch=12)
-    assert "feature maps of 16x16 (student) and 12x12 (teacher) cannot be compared" in refused(argv, capsys)
-    assert "multiple of its window (8)" in refused(argv, capsys) and not (tmp_path / "run").exists()
+    line = refusal(capsys, *argv)
+    assert "feature maps of 16x16 (student) and 12x12 (teacher) cannot be compared" in line
+    assert "multiple of its window (8)" in line and not (tmp_path / "run").exists()
 
 
-def child(function, argument, log, before, environment):
+def child(argv, log, before, environment):
     """What a process of `launch` does. Its output goes to the files log1 and log2."""
     os.environ.update(environment)
     for number in (1, 2):
         os.dup2(os.open(f"{log}{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     before()
-    function(argument)
+    train.main(argv)
 
 
 def launch(argv, log, before=bool, **environment):
@@ -356,38 +334,24 @@ def launch(argv, log, before=bool, **environment):
     os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_train", "torch._dynamo"])  # the optimiser imports it
-    process = context.Process(target=child, args=(train.main, argv, log, before, environment))
+    process = context.Process(target=child, args=(argv, log, before, environment))
     process.start()
     return process
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot fork")
-def test_two_processes_equal_one(place, tmp_path):
+def test_two_processes_equal_one(place, tmp_path, settings):
     """Without zoom-in, for which each process draws crops and F of its own."""
     given = dict(batch=4, lambda_zoom_in=0)
-    one = train.train(settings(place, tmp_path / "one", **given))
+    one = train.train(settings("one", **given))
     group = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(29_000 + os.getpid() % 1000))
     argv = words(place, tmp_path / "two", **given)
     for process in [launch(argv, tmp_path / f"log{rank}_", RANK=rank, **group) for rank in "01"]:
         process.join(60)
         assert process.exitcode == 0
-    two = models.load(tmp_path / "two" / "student.pt")
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(one.averaged, two.parameters(), strict=True))
+    assert close(one.averaged, models.load(tmp_path / "two" / "student.pt").parameters())
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert float(a["total"]) == pytest.approx(float(b["total"]), rel=1e-5)
-
-
-def test_networks_run_in_bfloat16_and_losses_in_float32(place, tmp_path):
-    totals, kinds = [], []
-    for precision in ("float32", "bfloat16"):
-        run = train.Run(settings(place, tmp_path / "run", precision=precision, lambda_at=1))
-        for net in (run.student, run.teacher):
-            net.body[1].register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
-        terms = run.forward_backward(*run.patches[0])
-        totals.append(terms[-1].item())
-        assert {x.dtype for x in (terms, *run.parameters)} == {torch.float32}
-    assert kinds == [torch.float32] * 4 + [torch.bfloat16] * 4
-    assert totals[0] == pytest.approx(totals[1], rel=0.02) and totals[0] != totals[1]
 
 
 def results(run, count, optimise=False):
@@ -403,56 +367,46 @@ def results(run, count, optimise=False):
     return torch.stack(found)
 
 
-class Graph:
-    """A stand-in for a CUDA graph: a replay calls the recorded function again, on the recorded tensors."""
+def test_networks_run_in_bfloat16_and_weights_and_losses_are_float32(settings):
+    exact, rounded = (results(train.Run(settings(precision=name, lambda_at=1)), 1)
+                      for name in ("float32", "bfloat16"))
+    assert rounded.dtype == torch.float32 and 0 < (rounded - exact).norm() < 0.05 * exact.norm()
 
-    def replay(self):
-        self.recorded.result.copy_(self.function(*self.recorded.pair))
 
-
-def pretend_cuda(monkeypatch, run, capture=None):
-    """Stand-ins for CUDA's graphs. capture: what is raised by recording."""
-    @contextlib.contextmanager
-    def record(graph, stream):
-        if capture:
-            raise capture
-        yield
-
-    monkeypatch.setattr(run, "device", torch.device("cuda"))
-    for name, stand_in in (("current_stream", lambda: None), ("CUDAGraph", Graph), ("graph", record),
-                           ("reset_peak_memory_stats", lambda: None)):
+def without_cuda(monkeypatch, record):
+    """Stands in for CUDA's graphs. record: the context in which a step is recorded."""
+    for name, stand_in in (("current_stream", lambda: None), ("CUDAGraph", object), ("graph", record)):
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(torch, "compile", lambda forward, **given: forward)
 
 
-def test_a_recorded_step_is_fed_with_each_batch(place, tmp_path, monkeypatch):
-    plain, run = (train.Run(settings(place, tmp_path / "run", "--augment-zoom-out", p=0.5, crops=2)) for _ in range(2))
-    pretend_cuda(monkeypatch, run)
-    function = run.forward_backward
-    train.accelerate(run)
-    graph = run.forward_backward
-    graph.graph.recorded, graph.graph.function = graph, function
-    assert torch.equal(results(plain, 7), results(run, 7)) and not torch.backends.cudnn.benchmark
+def test_a_recorded_step_is_fed_with_each_batch(monkeypatch):
+    """Here a replay multiplies the recorded tensors, as the recorded function did."""
+    without_cuda(monkeypatch, lambda graph, stream: contextlib.nullcontext())
+    lr, hr = torch.zeros(2), torch.zeros(2)
+    step = train.Recorded(torch.mul, (lr, hr))
+    step.graph = types.SimpleNamespace(replay=lambda: torch.mul(lr, hr, out=step.result))
+    results = [step(torch.tensor([1.0, n]), torch.tensor([2.0, 3.0])) for n in (4, 5)]
+    assert [result.tolist() for result in results] == [[2, 12], [2, 15]]
 
 
-def test_a_recording_that_fails_shows_its_cause_and_the_way_out(place, tmp_path, monkeypatch, capsys):
-    run = train.Run(settings(place, tmp_path / "run"))
-    pretend_cuda(monkeypatch, run, capture=RuntimeError("operation not permitted when stream is capturing"))
+def test_a_recording_that_fails_shows_its_cause_and_the_way_out(monkeypatch, capsys):
+    def record(graph, stream):
+        raise RuntimeError("operation not permitted when stream is capturing")
+    without_cuda(monkeypatch, record)
     with pytest.raises(train.ConfigError, match="give --compile blocks"):
-        train.accelerate(run)
-    assert "operation not permitted" in capsys.readouterr().err
-    assert train.gc.isenabled()
+        train.Recorded(torch.mul, (torch.zeros(2), torch.zeros(2)))
+    assert "operation not permitted" in capsys.readouterr().err and train.gc.isenabled()
 
 
 @pytest.mark.parametrize("family", STUDENTS)
-def test_a_step_reads_no_value_from_the_device(place, tmp_path, family):
+def test_a_step_reads_no_value_from_the_device(settings, family):
     """A CUDA graph records no number that is read, no size that depends on data, and no copied constant."""
     class Log(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             called.append(str(function))
             return function(*args, **(kwargs or {}))
-    weights = [f"--lambda-{term.replace('_', '-')}=1" for term in dukd.TERMS]
-    run = train.Run(settings(place, tmp_path / "run", "--augment-zoom-out", *weights, family=family, crops=2))
+    weights = {f"lambda_{term}": 1 for term in dukd.TERMS}
+    run = train.Run(settings("run", "--augment-zoom-out", family=family, crops=2, **weights))
     lr, hr = run.patches[0]
     run.forward_backward(lr, hr)  # bicubic's weights are made once
     called = []
@@ -462,48 +416,35 @@ def test_a_step_reads_no_value_from_the_device(place, tmp_path, family):
     assert len(called) > 100 and not [name for name in called if re.search(forbidden, name)]
 
 
-@pytest.mark.parametrize("given, names", [
-    ("", ["cuda:1"]), ("cuda", ["cuda:1"]), ("cuda:0", ["cuda:0"]), ("cpu", ["cpu"])])
-def test_cuda_is_the_gpu_of_the_process_under_torchrun(monkeypatch, given, names):
-    asked = []
+def test_cuda_is_the_gpu_of_the_process_under_torchrun(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "zeros", lambda n, device: asked.append(device) or torch.ones(n))
-    assert str(train.evaluate.pick_device(given)) == asked[0] and asked == names
+    monkeypatch.setattr(torch, "zeros", lambda n, device: torch.ones(n))
+    for given, name in {"": "cuda:1", "cuda": "cuda:1", "cuda:0": "cuda:0", "cpu": "cpu"}.items():
+        assert str(train.evaluate.pick_device(given)) == name
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_compiled_blocks_give_the_same_step(place, tmp_path, monkeypatch, capsys, works):
-    """Also where the compiler fails at the first call. The backend "eager" needs no compiler of C++."""
-    compiled, original = [], torch.compile
-
-    def stand_in(forward, **given):
-        compiled.append(forward)
-        return original(forward, backend="eager", **given) if works else lambda x: 1 / 0
-    monkeypatch.setattr(torch, "compile", stand_in)
-    plain, other = (train.Run(settings(place, tmp_path / "run")) for _ in range(2))
-    train.compile_blocks(other, other.patches[0])
-    printed = capsys.readouterr().err
-    assert len(compiled) == 6 and ("ZeroDivisionError" in printed and "torch.compile fails" in printed) != works
-    assert torch.equal(results(plain, 3), results(other, 3))
-
-
-def test_pictures_compile_nothing(place, tmp_path, monkeypatch):
-    """Neither validation nor compare.png: their sizes are not those of training."""
+def test_compiled_blocks_give_the_same_step_and_leave_pictures_alone(settings, monkeypatch, capsys, works):
+    """Also where the compiler fails. Pictures are those of validation and compare.png, of other sizes."""
     compiled, original = [], torch.compile
 
     def backend(graph, inputs):
-        compiled.append(1)
-        return graph.forward
-    monkeypatch.setattr(torch, "compile", lambda forward, **given: original(forward, backend=backend, **given))
-    run = train.Run(settings(place, tmp_path / "run", steps=1))
-    train.compile_blocks(run, run.patches[0])
-    train.accelerate(run)
+        compiled.append(graph)
+        return graph.forward if works else 1 / 0
+    monkeypatch.setattr(torch, "compile", lambda block, **given: original(block, backend=backend, **given))
+    plain, other = train.Run(settings()), train.Run(settings())
+    train.compile_blocks(other, other.patches[0])
+    printed = capsys.readouterr().err
+    assert ("ZeroDivisionError" in printed and "torch.compile fails" in printed) != works
+    assert torch.equal(results(plain, 3), results(other, 3))
     count = len(compiled)
-    train.start(run, "")
-    run.step = run.psnr = 1
-    train.finish(run)
-    assert len(compiled) == count > 0 and (run.out / "compare.png").exists()
+    train.accelerate(other)
+    assert not torch.backends.cudnn.benchmark  # it would search for each size of picture
+    train.start(other, "")
+    other.step = 4
+    train.finish(other)
+    assert len(compiled) == count > 0 and (other.out / "compare.png").exists()
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -512,9 +453,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", STUDENTS)
-def test_on_a_gpu_the_recorded_step_gives_the_plain_one(place, tmp_path, family, precision):
+def test_on_a_gpu_the_recorded_step_gives_the_plain_one(settings, family, precision):
     """Terms and gradients, while the weights change, and after a validation, which computes other sizes."""
-    args = settings(place, tmp_path / "run", family=family, device="cuda", precision=precision, crops=2, lr=1e-3)
+    args = settings(family=family, device="cuda", precision=precision, crops=2, lr=1e-3)
     plain, recorded = train.Run(args), train.Run(args)
     train.accelerate(recorded)
     assert isinstance(recorded.forward_backward, train.Recorded)
@@ -527,9 +468,9 @@ def test_on_a_gpu_the_recorded_step_gives_the_plain_one(place, tmp_path, family,
 
 @needs_gpu
 @pytest.mark.parametrize("family", STUDENTS)
-def test_on_a_gpu_a_replay_draws_what_its_seed_says(place, tmp_path, family):
+def test_on_a_gpu_a_replay_draws_what_its_seed_says(settings, family):
     """The crops, F, and SwinIR's drop-path are drawn inside the graph."""
-    run = train.Run(settings(place, tmp_path / "run", family=family, device="cuda"))
+    run = train.Run(settings(family=family, device="cuda"))
     train.accelerate(run)
     patches = [x.clone() for x in run.patches[0]]
 
@@ -541,10 +482,11 @@ def test_on_a_gpu_a_replay_draws_what_its_seed_says(place, tmp_path, family):
 
 
 @needs_gpu
-def test_on_a_gpu_a_run_is_resumed(place, tmp_path):
-    run = train.train(settings(place, tmp_path / "run", device="cuda", steps=20, val_every=10))
+def test_on_a_gpu_a_run_is_resumed(settings):
+    run = train.train(settings(device="cuda", steps=20, val_every=10))
     again = train.Run(train.parse(["--resume", str(run.out)]))
-    assert again.step == 20 and equal(run.parameters, again.parameters) and equal(run.averaged, again.averaged)
+    assert again.step == 20
+    assert equal(run.parameters, again.parameters) and equal(run.averaged, again.averaged)
     state = next(iter(again.optimizer.state.values()))
     assert state["step"].device == again.device and again.optimizer.param_groups[0]["fused"]
     assert all(float(row["peak_gib"]) > 0 for row in rows(run.out))
