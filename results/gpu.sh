@@ -79,6 +79,7 @@ print(int(0.8 * 1000 * $LIMIT / sum(ms.values())) if len(ms) >= 4 else 8000)")  
   pack
   for arm in "$@"; do sets+=("$(realpath "$arm")"); done
   if [ ${#sets[@]} != 0 ] && [ ${#students[@]} != 0 ]; then
+    rm -f "$runs/scores.log"
     limited 60 scores "$PYTHON" evaluate.py "${students[@]}" --data "${sets[@]}" --json "$OUT/gpu_students.json"
     tr '\r' '\n' <"$runs/scores.log" | grep -E 'PSNR|best.pt'
   fi

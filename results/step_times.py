@@ -1,12 +1,12 @@
 """Times training steps by a few steps of train.py each, one after the other in one process.
 
-    python results/step_times.py edsr_baseline,dukd edsr_baseline,kd             the included teacher, two methods
-    python results/step_times.py rcan,dukd,graph rcan,dukd,no --json FILE        on CUDA: recorded, and plain
-    python results/step_times.py edsr_baseline,dukd --rounds 3 -- --batch 2      three times in turns; train.py's flags
-    python results/step_times.py edsr_baseline,dukd,blocks --profile             where the time of a step goes
+    python results/step_times.py edsr_baseline,dukd edsr_baseline,kd         two methods
+    python results/step_times.py rcan,dukd,graph rcan,dukd,no --json FILE    on CUDA: recorded, and plain
+    python results/step_times.py edsr_baseline,dukd --rounds 3 -- --batch 2  three turns; train.py's flags
+    python results/step_times.py edsr_baseline,dukd,blocks --profile         where the time of a step goes
 
-A case is TEACHER,METHOD or TEACHER,METHOD,COMPILE, as train.py names them. Other teachers than edsr_baseline get
-random weights, the student is `small`. A line of JSON each: the median of log.csv's ms, and of the first steps none.
+A case is TEACHER,METHOD or TEACHER,METHOD,COMPILE, as train.py names them. Other teachers than edsr_baseline
+get random weights. The student is `small`. Prints a line of JSON for each case, with the median of log.csv's ms.
 """
 import argparse
 import csv
@@ -34,15 +34,15 @@ def settings(case, folder, steps, more):
     if teacher != "edsr_baseline":
         file = folder / "teacher.pt"
         models.save(file, models.build(teacher, 4))
-    words = ["--teacher", file, "--student", "small", "--method", method, "--compile", compiled, "--steps", steps,
-             "--val-every", steps, "--out", folder / "run", *more]
+    words = ["--teacher", file, "--student", "small", "--method", method, "--compile", compiled,
+             "--steps", steps, "--val-every", steps, "--out", folder / "run", *more]
     return train.parse([str(word) for word in words])
 
 
 def time_steps(case, steps, more):
     """The line of JSON of a case."""
     with tempfile.TemporaryDirectory() as folder:
-        run = train.train(settings(case, Path(folder), steps, more), " ".join(["results/step_times.py", case]))
+        run = train.train(settings(case, Path(folder), steps, more), f"results/step_times.py {case}")
         about = json.loads((run.out / "config.json").read_text())
         rows = list(csv.DictReader(open(run.out / "log.csv")))
     timed = rows[1:-1] or rows  # the first warms up; the last may be of few steps
@@ -62,7 +62,8 @@ def profile_steps(case, more):
                 run.forward_backward(*run.patches[step])
             if kind == "cuda":
                 torch.cuda.synchronize()
-    print(found.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=20, max_name_column_width=80))
+    averages = found.key_averages()
+    print(averages.table(sort_by=f"self_{kind}_time_total", row_limit=20, max_name_column_width=80))
 
 
 def main():

@@ -143,7 +143,8 @@ def call(log, program, *words):
 def train_and_score(arm, n, seed, start, images, place):
     """One run: its record for the JSON. start: the arm from whose best weights it goes on."""
     out = folder(arm, n, seed)
-    words = shlex.split(f"{FIXED} {ARMS[arm]} --seed {seed} --val {RUNS}/held --cache {RUNS}/cache --out {out}")
+    words = shlex.split(f"{FIXED} {ARMS[arm]} --seed {seed} --val {RUNS}/held --cache {RUNS}/cache")
+    words += ["--out", str(out)]
     if arm != start:
         words += ["--init", str(folder(start, n, seed) / "best.pt")]
     words += ["--data", str(images)]
@@ -181,7 +182,8 @@ def table_of(out, file, *words):
     """{model: {set: PSNR and SSIM}} of a file in a run folder and of other models, from evaluate.py."""
     call(f"{out}.log", "evaluate.py", out / file, *words, "--json", out / "table.json")
     results = json.loads((out / "table.json").read_text())["results"]
-    return {model: {Path(place).name: {key: scores[key] for key in ("psnr", "ssim")} for place, scores in row.items()}
+    return {model: {Path(place).name: dict(psnr=scores["psnr"], ssim=scores["ssim"])
+                    for place, scores in row.items()}
             for model, row in results.items()}
 
 
@@ -314,17 +316,18 @@ def lasting_pairs(studies):
 
 
 def gap(arm, n, seed):
-    """How much better a student is over bicubic on 16 of its training pictures than on the held-out ones, dB."""
+    """A student's PSNR over bicubic on 16 of its training pictures, minus the same on the held-out ones, dB."""
     pictures = records()[arm, n, seed]["pictures"]
-    over_bicubic = {k: pictures["best"][k] - pictures["bicubic"][k] for k in ("trained_on", "held")}
-    return over_bicubic["trained_on"] - over_bicubic["held"]
+    trained_on, held = (pictures["best"][k] - pictures["bicubic"][k] for k in ("trained_on", "held"))
+    return trained_on - held
 
 
 def fit_of_p():
     """The lines that say what study P predicts: gain = a + b·log n + c·log steps, with 95 % t-intervals."""
     points = [(n, steps_of(arm), value) for arm, kd, n in lasting_pairs(["P"]) if n != ALL
               for value in differences(arm, kd, n)]
-    yield "| images | steps | epochs | gain of zoom-in over KD | room: teacher − KD | KD's gap |\n|---|---|---|---|---|---|"
+    yield "| images | steps | epochs | gain of zoom-in over KD | room: teacher − KD | KD's gap |"
+    yield "|---|---|---|---|---|---|"
     teacher = 27.404  # B100, edsr_baseline.json
     for arm, kd, n in lasting_pairs(["P"]):
         if differences(arm, kd, n):
@@ -349,8 +352,8 @@ SETS = [(ALL, "881 photographs of 0.1 megapixels", "o", 0.2),
 
 
 def plot():
-    """results/gains.png: what an arm gains over KD on B100, a dot a seed. At the left zoom-in against the epochs,
-    then against KD's gap; at the right each loss on three sets."""
+    """results/gains.png: what an arm gains over KD on B100, a dot a seed. At the left zoom-in against the
+    epochs, then against KD's gap; at the right each loss on three sets."""
     try:
         import matplotlib
     except ImportError:
@@ -369,13 +372,15 @@ def plot():
             for y in differences(arm, kd, n) if m == n else []:
                 left.plot(epochs(arm, n), y, "x", color=f"C{i}")
         for arm, kd, m in lasting_pairs(["P"]):
-            for seed, y in zip(sorted(psnrs(arm, n, "best", "B100")), differences(arm, kd, n) if m == n else []):
-                middle.plot(gap(kd, n, seed), y, "o", color=f"C{i}")
+            if m == n:
+                seeds = sorted({*psnrs(arm, n, "best", "B100")} & {*psnrs(kd, n, "best", "B100")})
+                for seed, y in zip(seeds, differences(arm, kd, n)):
+                    middle.plot(gap(kd, n, seed), y, "o", color=f"C{i}")
     left.axvline(64, color="gray", linestyle=":")
     left.text(64, left.get_ylim()[1], " the paper", va="top", color="gray")
     left.set_xscale("log")
     left.set(xlabel="epochs (o: study P; x: L, N, O)", ylabel="zoom-in's gain over KD on B100, dB")
-    middle.set(xlabel="KD's PSNR on its training pictures, above the held-out ones, dB", ylabel="the same gain, dB")
+    middle.set(xlabel="KD's gap: training − held-out pictures, dB", ylabel="the same gain, dB")
     arms = [arm for arm in reversed(TERMS) if arm not in (START, "KD")]
     for n, label, marker, height in SETS:
         points = [(value, i + height) for i, arm in enumerate(arms) for value in differences(arm, "KD", n)]
@@ -386,7 +391,8 @@ def plot():
     for axes in (left, middle):
         axes.axhline(0, color="gray", linewidth=1)
     for axes in (left, right):
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=3 if axes is left else 1)
+        columns = 3 if axes is left else 1
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=columns)
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
     figure.savefig(RESULTS / "gains.png", dpi=130)

@@ -286,6 +286,8 @@ def test_outputs_are_files_or_folders_as_the_input_is(place, capsys, tmp_path):
 
 @pytest.mark.parametrize("ending", ["jpg", "jp2", "webp", "avif"])
 def test_lossy_formats_are_written_nearly_without_loss(tmp_path, ending):
+    if f".{ending}" not in Image.registered_extensions():
+        pytest.skip(f"this Pillow does not know .{ending}")
     image = smooth(64, 64)
     evaluate.write_picture(tmp_path / f"a.{ending}", image)
     assert evaluate.psnr_y(data.read_image(tmp_path / f"a.{ending}"), image, 0) > 40
