@@ -40,16 +40,16 @@ trap pack EXIT
 
 check() {
   nvidia-smi -L
-  steps 110 gpu_steps.json "${methods[@]/#/edsr_baseline,}" || steps 60 gpu_steps.json edsr_baseline,dukd,blocks
+  steps 110 gpu_steps.jsonl "${methods[@]/#/edsr_baseline,}" || steps 60 gpu_steps.jsonl edsr_baseline,dukd,blocks
   limited 80 tests "$PYTHON" -m pytest -q -rfE --tb=short tests -k "(gpu or cuda) and not rcan and not swinir"
   tail -n 3 "$runs/tests.log"
 }
 
 times() {
-  steps 60 gpu_times.json edsr_baseline,dukd,{graph,blocks,no}
+  steps 60 gpu_times.jsonl edsr_baseline,dukd,{graph,blocks,no}
   limited 40 profile "$PYTHON" results/step_times.py --profile edsr_baseline,dukd,{blocks,no} "${small[@]}"
   grep -A 12 'Self C' "$runs/profile.log"
-  steps 120 gpu_times.json {edsr,rcan,swinir},dukd,{graph,no}
+  steps 120 gpu_times.jsonl {edsr,rcan,swinir},dukd,{graph,no}
   limited 120 tests "$PYTHON" -m pytest -q -rfE --tb=short tests -k "(gpu or cuda) and (rcan or swinir)"
 }
 
@@ -57,10 +57,10 @@ train() {  # folder of training pictures, test sets
   local pictures=$1 arm students=() sets=() began=$SECONDS
   shift
   if [ ! "$STEPS" ]; then
-    steps 100 gpu_steps.json "${methods[@]/#/edsr_baseline,}"
+    steps 100 gpu_steps.jsonl "${methods[@]/#/edsr_baseline,}"
     STEPS=$("$PYTHON" -c "
 import json, sys
-ms = {line['case']: line['ms'] for line in map(json.loads, open('$OUT/gpu_steps.json'))}
+ms = {line['case']: line['ms'] for line in map(json.loads, open('$OUT/gpu_steps.jsonl'))}
 print(int(0.8 * 1000 * $LIMIT / sum(ms.values())) if len(ms) >= 4 else 8000)")  # all arms share the GPU
     [ "$TINY" ] && STEPS=4
   fi
