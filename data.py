@@ -147,8 +147,8 @@ def mapped(path, scale, cache):
     if not file.exists():
         lr, hr = pair(read_image(path), scale)
         own = file.with_suffix(f".{os.getpid()}")  # another process may decode the same picture
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             own.write_bytes(np.array(lr.shape[:2], np.int32).tobytes() + lr.tobytes() + hr.tobytes())
             if not file.exists():
                 os.replace(own, file)

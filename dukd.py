@@ -14,8 +14,8 @@ are made out of them. Only the teacher can label a new input. The paper's loss, 
     zoom_out_rec   |f_S(z) − I_LR|                L_dukd: the ground truth of that z is I_LR
     fitnet, at, fakd                              compare feature maps inside the two networks
 
-F is an invertible augmentation: it flips, transposes, inverts colours. The student sees F(z), the teacher z.
-F⁻¹ undoes F on the student's output. So the student must give the same answer whatever F does to z.
+F is an invertible augmentation: it flips, transposes, inverts colours. Of zoom-in the student sees F(z), the
+teacher z. F⁻¹ undoes F on the student's output. So the student's answer must be the same, whatever F does.
 zoom_out_rec is in the paper's text, not in its equation.
 
 Shapes: N samples, C = 3 colours, h×w the LR patch, s the scale. Pictures are floats in [0,1]. |·| is the mean
@@ -44,8 +44,8 @@ METHODS = {
 
 def zoom_in(hr, size, generator=None):
     """z of zoom-in: one crop of the LR patch's size at a random place of each HR patch.
-    It is a piece of a photograph of h×w pixels, as every LR patch is. Its ground truth would be s times as
-    fine, and does not exist: the teacher's label stands in for it.
+    It is h×w pixels of a photograph, as every LR patch is. Its ground truth would be s times as fine, and
+    does not exist: the teacher's label stands in for it.
     hr: I_HR (N,C,H,W). size: h, or (h, w). generator: on hr's device. Returns z (N,C,h,w), a copy.
     Every position is equally likely. ValueError where the crop is larger than the patch."""
     n, _, H, W = hr.shape
@@ -62,7 +62,7 @@ def zoom_in(hr, size, generator=None):
 
 
 def zoom_out(lr, scale):
-    """z of zoom-out: the LR patches reduced by s once more, with MATLAB's bicubic. Never in bfloat16.
+    """z of zoom-out: the LR patches reduced by s once more, with MATLAB's bicubic. Autocast does not act here.
     lr: I_LR (N,C,h,w). Returns z (N,C,h/s,w/s), neither rounded nor clipped. Its ground truth is I_LR.
     ValueError where h or w is no multiple of s, since f_S(z) would not cover I_LR then."""
     h, w = lr.shape[-2:]
@@ -95,6 +95,7 @@ def bicubic_taps(n, factor):
 
 
 @functools.cache  # so a training step computes no weights, and copies none to a GPU
+@torch.inference_mode(False)  # what is kept must also serve where gradients are computed
 def bicubic_matrix(n, factor, dtype, device):
     """`bicubic_taps` as a matrix (m,n): resized = matrix @ x."""
     index, weights = bicubic_taps(n, factor)
@@ -142,18 +143,19 @@ class InvertibleAugmentation:
         return cls(ops, torch.rand(len(ops), n, generator=generator, device=device) < p)
 
     def apply(self, x):
-        """F(x): x (n,C,h,w) in [0,1] to the same shape and range. ValueError for a transposition of h ≠ w."""
+        """F(x): x (n,C,h,w) in [0,1] to the same shape and range. ValueError for h ≠ w if `ops` transposes."""
         for op, mask in zip(self.ops, self.masks):
-            x = self._where(mask, op, x)
+            x = self._changed(op, x, mask)
         return x
 
     def invert(self, y):
-        """F⁻¹(y), y (n,C,·,·) in [0,1], of any size: undoes F exactly, but for the rounding of colours."""
+        """F⁻¹(y): y (n,C,·,·), of any size. It undoes F exactly, but for the rounding of colours. ValueError
+        as of `apply`."""
         for op, mask in reversed([*zip(self.ops, self.masks)]):
-            y = self._where(mask, op, y)  # each operation is its own inverse
+            y = self._changed(op, y, mask)  # each operation is its own inverse
         return y
 
-    def _where(self, mask, op, x):
+    def _changed(self, op, x, mask):
         """x with the operation done to the samples of the mask."""
         if op == "hflip":
             changed = x.flip(-1)
@@ -207,16 +209,20 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
     crops: zoom-in crops of each HR patch. ops, p: F, see `InvertibleAugmentation`; p = 0 leaves it out.
       Patches that are not square are not transposed. augment_zoom_out: F acts on zoom-out, too.
     taps: for fitnet, at and fakd, pairs (module of f_S, module of f_T): their outputs for I_LR are compared.
-    generator: draws z and F, on lr's device. Autocast is the caller's. ValueError for what does not fit."""
+      An output that the next module overwrites (ReLU(inplace=True)) is seen as overwritten.
+    generator: for z and F; on lr's device. Autocast is the caller's. ValueError for what does not fit."""
     on = {term for term, weight in weights.items() if weight}
     feature_terms = on & {"fitnet", "at", "fakd"}
-    if unknown := on - {*TERMS}:
+    if unknown := weights.keys() - {*TERMS}:
         raise ValueError(f"unknown term '{min(unknown)}'; known: {', '.join(TERMS)}")
     if teacher is None and on - {"rec", "zoom_out_rec"}:
         raise ValueError(f"{min(on - {'rec', 'zoom_out_rec'})} needs a teacher")
     if feature_terms and not taps:
         raise ValueError(f"{min(feature_terms)} needs taps, pairs of modules whose outputs are compared")
-    n, _, h, w = lr.shape
+    n, c, h, w = lr.shape
+    scale = hr.shape[-1] // w
+    if hr.shape != (n, c, scale * h, scale * w):
+        raise ValueError(f"lr {tuple(lr.shape)} and hr {tuple(hr.shape)} are no pairs of one scale")
     if h != w:
         ops = [op for op in ops if op != "transpose"]
 
@@ -231,7 +237,7 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
         to_student["z_in"] = F_in.apply(z_in)
         to_teacher["z_in"] = z_in
     if "zoom_out" in on or "zoom_out_rec" in on:
-        z_out = zoom_out(lr, hr.shape[-1] // w)  # (N,3,h/s,w/s)
+        z_out = zoom_out(lr, scale)  # (N,3,h/s,w/s)
         F_out = InvertibleAugmentation.sample(n, ops if augment_zoom_out else (), p, generator, lr.device)
         to_student["z_out"] = F_out.apply(z_out)
     if "zoom_out" in on:

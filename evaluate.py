@@ -113,7 +113,8 @@ def tiles_along(n, tile, model):
 
 def mean_of_eight(f, x):
     """The mean of f over the eight flips and transpositions, each undone (the "+" of EDSR+ and RCAN+)."""
-    both = lambda y: f(y) + f(y.mT).mT  # as it is, and transposed
+    def both(y):
+        return f(y) + f(y.mT).mT  # as it is, and transposed
     return sum(both(x.flip(dims)).flip(dims) for dims in ((), (-1,), (-2,), (-1, -2))) / 8
 
 
@@ -376,6 +377,8 @@ def parse(argv):
         p.error("--input takes one model")
     if (o.sr or o.json or o.figure or o.against) and not o.data:
         p.error("--sr, --json, --figure and --against need --data")
+    if o.tile < 0:
+        p.error("--tile must be 0 or more")
     if o.bench is not None and (o.bench < 1 or o.sr or o.self_ensemble or "bicubic" in o.models):
         p.error("--bench takes networks alone (not bicubic, --sr or --self-ensemble), and 1 turn or more")
     return o

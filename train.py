@@ -34,7 +34,7 @@ import evaluate
 import models
 
 QUICK = dict(steps=1300, batch=2, patch=24, lr=1.4e-3, schedule="cosine")
-# Settings that may be given anew with --resume.
+# Settings that may be given anew with --resume. Of paths, `Run.identity` keeps what must be the same.
 MAY_CHANGE = {"resume", "out", "teacher", "data", "val", "cache", "device", "compile", "val_every"}
 
 
@@ -52,7 +52,7 @@ def between(low, high, kind=float):
     return number
 
 
-WEIGHT, COUNT = between(0, 1e6), between(1, 10**9, int)
+WEIGHT, COUNT, SIZE = between(0, 1e6), between(1, 10**9, int), between(1, 10**4, int)
 OPERATIONS = list(dukd.InvertibleAugmentation.OPERATIONS)
 
 
@@ -81,8 +81,8 @@ def parse(argv):
 
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=COUNT, default=250_000, help="updates of the whole run [%(default)s]")
-    g.add_argument("--batch", type=COUNT, default=16, help="pairs in an update, in all [%(default)s]")
-    g.add_argument("--patch", type=COUNT, default=48, help="LR patch, pixels; HR: s times that [%(default)s]")
+    g.add_argument("--batch", type=SIZE, default=16, help="pairs in an update, in all [%(default)s]")
+    g.add_argument("--patch", type=SIZE, default=48, help="LR patch, pixels; HR: s times that [%(default)s]")
     g.add_argument("--lr", type=between(1e-12, 1), default=1e-4, help="Adam's rate at first [%(default)s]")
     g.add_argument("--schedule", choices=("step", "cosine"), default="step",
                    help="step: x0.1 at 40%% and 80%% of the run; cosine: to zero [%(default)s]")
@@ -99,7 +99,7 @@ def parse(argv):
     g.add_argument("--lambda-fitnet", type=WEIGHT, help="means of four feature maps [%(default)s]")
     g.add_argument("--lambda-at", type=WEIGHT, help="attention maps of the four [%(default)s]")
     g.add_argument("--lambda-fakd", type=WEIGHT, help="spatial affinities of the four [%(default)s]")
-    g.add_argument("--crops", type=COUNT, default=1, help="zoom-in crops of each HR patch [%(default)s]")
+    g.add_argument("--crops", type=SIZE, default=1, help="zoom-in crops of each HR patch [%(default)s]")
     g.add_argument("--p", type=between(0, 1), default=0.3, help="probability of each operation [%(default)s]")
     g.add_argument("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="operations of F [all]")
     g.add_argument("--augment-zoom-out", action="store_true", help="F acts on zoom-out, too")
@@ -119,9 +119,9 @@ def parse(argv):
     if chosen.quick:
         p.set_defaults(**QUICK)
     if chosen.resume:
-        saved = read_config(chosen.resume).get("settings", {})
+        saved, _ = read_config(chosen.resume)
         if saved.keys() != vars(p.parse_args([])).keys():
-            raise ConfigError(f"{chosen.resume} was made by another version of train.py: start a new run")
+            raise ConfigError(f"{chosen.resume} is of another version of train.py: start a new run")
         p.set_defaults(**saved | dict(out=chosen.resume))
     return p.parse_args(argv)
 
@@ -136,8 +136,8 @@ def forward_backward(run, lr, hr):
     times its λ, and their sum, (k,), without gradient. On CUDA, `Recorded` replays all of it."""
     args = run.args
     with torch.autocast(lr.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
-        terms = dukd.losses(run.student, run.teacher, lr, hr, run.weights, args.crops, args.ops, args.p,
-                            args.augment_zoom_out, run.taps)
+        terms = dukd.losses(run.student, run.teacher, lr, hr, run.weights, crops=args.crops, ops=args.ops,
+                            p=args.p, augment_zoom_out=args.augment_zoom_out, taps=run.taps)
     weighted = [run.weights[name] * term for name, term in terms.items()]
     total = sum(weighted)
     run.optimizer.zero_grad()
@@ -174,7 +174,7 @@ def train(args, command="python train.py"):
             if run.step % run.log_every == 0 and any_process_has(signals, run):
                 break
             lr, hr = run.patches[run.step]  # (N,3,h,w), (N,3,s·h,s·w)
-            torch.manual_seed(data.seed_of(args.seed, run.step, 1 + run.rank))  # draws z, F and drop-path
+            torch.manual_seed(data.seed_of(args.seed, run.step, 1 + run.rank))  # of z, F and drop-path
             window.append(run.forward_backward(lr, hr))  # (k,)
             if run.world > 1:
                 gradients = [w.grad for w in run.parameters if w.grad is not None]
@@ -188,10 +188,10 @@ def train(args, command="python train.py"):
             bar.update()
 
             # every so often: a row of the log, a validation, a checkpoint
-            validating = run.step % run.val_every == 0 or run.step in (100, args.steps)
+            validating = run.step % run.val_every == 0 or run.step in (100, args.steps)  # the first one soon
             if run.step % run.log_every and not validating:
                 continue
-            means = torch.stack(window).mean(0).tolist()  # a GPU waits here
+            means = torch.stack(window).mean(0).tolist()  # this waits for the GPU
             ms = 1000 * (time.perf_counter() - began) / len(window)
             run.check_weights()
             if run.rank == 0:
@@ -330,11 +330,13 @@ class Run:
 
 
 def read_config(folder):
-    """The config.json of a run to resume."""
+    """The settings and the identity of a run to resume, from its config.json."""
     try:
-        return json.loads(Path(folder, "config.json").read_text())
-    except (OSError, ValueError):
-        raise ConfigError(f"--resume {folder}: no run is there, as it has no readable config.json") from None
+        about = json.loads(Path(folder, "config.json").read_text())
+        return about["settings"], about["identity"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ConfigError(f"--resume {folder}: no run is there, as its config.json is missing, damaged or of "
+                          "another version of train.py") from None
 
 
 def set_up_device(name):
@@ -446,17 +448,20 @@ def check_folder(run):
         raise ConfigError(f"{run.out} exists: give --resume {run.out} to go on with a run, or another --out")
     if not run.args.resume:
         return None
-    saved = read_config(run.out)
-    before, now = saved["settings"] | saved["identity"], vars(run.args) | run.identity
-    for name in before.keys() - MAY_CHANGE:
-        old, new = before[name], now[name]
+    settings, identity = read_config(run.out)
+    before, now = settings | identity, vars(run.args) | run.identity
+    for name in sorted(now.keys() - MAY_CHANGE):
+        old, new = before.get(name), now[name]
         if old == new:
             continue
         if isinstance(old, list):
             old, new = sorted({*old} - {*new}), sorted({*new} - {*old})
         raise ConfigError(f"{run.out} is another run: {name} is {str(old)[:99]} there, not {str(new)[:99]}")
     last = run.out / "last.ckpt"
-    return models.read_file(last) if last.exists() else None
+    state = models.read_file(last) if last.exists() else None
+    if state and "optimizer" not in state:
+        raise ConfigError(f"{last} is not the checkpoint of a run")
+    return state
 
 
 def accelerate(run):
@@ -498,7 +503,7 @@ def compile_blocks(run, pair):
 class Recorded:
     """`forward_backward` as one CUDA graph, which is launched at once instead of kernel by kernel.
     A call copies its pair, I_LR and I_HR, into the recorded one. What the step draws is new in each replay,
-    since the generator is seeded before. Only the recorded function may set gradients to None.
+    since the generator is seeded before. Gradients stay where they were recorded: nobody sets them to None.
     ConfigError where the step cannot be recorded, as where a foreign teacher reads values from the GPU."""
 
     def __init__(self, function, pair):

@@ -141,7 +141,11 @@ def test_a_picture_is_resized_along_dims_and_hands_its_gradient_back(factor):
 @pytest.mark.parametrize("scale", (2, 3, 4))
 def test_zoom_out_reduces_by_s(scale):
     lr = uniform(2, 3, 3 * scale, 4 * scale)
-    z = zoom_out(lr, scale)
+    dukd.bicubic_matrix.cache_clear()
+    with torch.inference_mode():  # the kept matrices serve a gradient all the same
+        zoom_out(lr, scale)
+    z = zoom_out(lr.requires_grad_(), scale)
+    z.sum().backward()
     assert z.shape == (2, 3, 3, 4) and same(z, bicubic_resize(lr, 1 / scale))
 
 
@@ -283,7 +287,12 @@ def losses_with(**changes):
     ("kd needs a teacher", lambda: losses_with(weights=dict(rec=1, kd=1), teacher=None)),
     ("fitnet needs a teacher", lambda: losses_with(weights=dict(fitnet=1), teacher=None)),
     ("at needs taps", lambda: losses_with(weights=dict(at=1))),
-    ("scale 2, not 7x8", lambda: losses_with(weights=dict(zoom_out=1), lr=uniform(1, 3, 7, 8)))])
+    ("unknown term 'zoom'", lambda: losses_with(weights=dict(rec=1, zoom=0))),
+    ("no pairs of one scale", lambda: losses_with(weights=dict(rec=1), hr=uniform(2, 3, 16, 16))),
+    ("no pairs of one scale", lambda: losses_with(weights=dict(zoom_out=1), hr=uniform(1, 3, 4, 4))),
+    ("no pairs of one scale", lambda: losses_with(weights=dict(rec=1), hr=uniform(1, 3, 16, 15))),
+    ("scale 2, not 7x8", lambda: losses_with(weights=dict(zoom_out=1), lr=uniform(1, 3, 7, 8),
+                                             hr=uniform(1, 3, 14, 16)))])
 def test_mistakes_are_named(message, call):
     with pytest.raises(ValueError, match=message):
         call()

@@ -234,9 +234,14 @@ def test_what_shapes_a_run_may_not_change(stopped, capsys):
 def test_a_run_of_another_version_is_refused(stopped, capsys):
     about = json.loads((stopped / "config.json").read_text())
     del about["settings"]["lambda_rec"]
-    for content in (about, {}):
+    for content in (about, {}, [1], dict(settings=about["settings"])):
         (stopped / "config.json").write_text(json.dumps(content))
-        assert "was made by another version of train.py" in refusal(capsys, "--resume", stopped)
+        assert "of another version of train.py" in refusal(capsys, "--resume", stopped)
+
+
+def test_a_foreign_checkpoint_in_a_run_folder_is_refused(stopped, capsys):
+    shutil.copy("edsr_x4.pt", stopped / "last.ckpt")
+    assert "is not the checkpoint of a run" in refusal(capsys, "--resume", stopped)
 
 
 def test_a_resumed_log_has_the_rows_that_its_checkpoint_knows(stopped):
