@@ -3,11 +3,11 @@
 A picture is a uint8 array (H,W,3), RGB. A batch is a float tensor (N,3,h,w) in [0,1]. A training image is
 decoded once, into a raw file that is mapped into memory. Patches are cut from it, a batch in a millisecond.
 """
-import functools
 import hashlib
 import os
 import re
 import sys
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,13 +31,19 @@ TRAIN = ("astronaut.png", "brick.png", "camera.png", "grass.png", "gravel.png", 
 VAL = ("coffee.png", "chelsea.png", "coins.png")
 
 
+NOTES, LOCK = set(), threading.Lock()  # of `note`
+
+
 class DataError(ValueError):
     """An image or a folder that cannot be used. The message says which, why, and what to do."""
 
 
-@functools.cache  # each note once
 def note(text):
-    print("note:", text, file=sys.stderr)
+    """Prints a note on stderr, each one once, also where several threads have it."""
+    with LOCK:
+        if text not in NOTES:
+            print(f"note: {text}", file=sys.stderr)
+        NOTES.add(text)
 
 
 def read_image(path):
@@ -57,7 +63,7 @@ def read_image(path):
         raise DataError(f"{path} is not a readable image ({str(e)[:100] or type(e).__name__})") from None
     if frames > 1 and not previews:
         raise DataError(f"{path} holds {frames} frames; split it into single pictures")
-    if re.match("[IF]", layout) or re.search("(?<!BGR);1[26]", layout):
+    if re.match("[IF]", layout) or re.search("(?<!BGR);1[26]|ppm.*[0-9]{4}\\)", layout):
         raise DataError(f"{path} has more than 8 bits a value; convert it: magick {path} -depth 8 new.png")
     if transparent:
         note("transparency is left out: colours are taken as they are under it")
@@ -92,8 +98,9 @@ def images_in(folder):
 def find_hr(places):
     """`find_images` for HR. DataError where a folder has a picture twice, as a_HR and a_LR, or a and ax4."""
     images, found = find_images(places), {}
+    ending = re.compile(r"(?<=.)([_-]?x[12348]|[_-](HR|LR|LRBI|SR|GT)(x?[2348])?)+$", re.IGNORECASE)
     for path in images:
-        name = re.sub(r"(?<=.)[_-]?(x[2348]|(HR|LR|SR|GT)[2348]?)$", "", path.stem)
+        name = ending.sub("", path.stem)
         twin = found.setdefault((path.parent, name), path)
         if twin != path:
             raise DataError(f"{twin} and {path} look like one picture twice, such as HR and LR: keep HR in a "

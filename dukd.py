@@ -62,7 +62,7 @@ def zoom_in(hr, size, generator=None):
 
 
 def zoom_out(lr, scale):
-    """z of zoom-out: the LR patches reduced by s once more, with MATLAB's bicubic. Autocast does not act here.
+    """z of zoom-out: the LR patches reduced by s once more, with MATLAB's bicubic. Autocast is off here.
     lr: I_LR (N,C,h,w). Returns z (N,C,h/s,w/s), neither rounded nor clipped. Its ground truth is I_LR.
     ValueError where h or w is no multiple of s, since f_S(z) would not cover I_LR then."""
     h, w = lr.shape[-2:]
@@ -143,7 +143,7 @@ class InvertibleAugmentation:
         return cls(ops, torch.rand(len(ops), n, generator=generator, device=device) < p)
 
     def apply(self, x):
-        """F(x): x (n,C,h,w) in [0,1] to the same shape and range. ValueError for h ≠ w if `ops` transposes."""
+        """F(x): x (n,C,h,w) in [0,1] to the same shape and range. ValueError for a transposition of h ≠ w."""
         for op, mask in zip(self.ops, self.masks):
             x = self._changed(op, x, mask)
         return x

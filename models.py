@@ -50,7 +50,7 @@ def upsampler(channels, scale):
 
 def shuffle_then_conv(x, r, conv):
     """conv(F.pixel_shuffle(x, r)) of a 3×3 convolution with padding 1, computed before the shuffle. The sums
-    are the same, but of c·r² → k·r² channels: bfloat16 units are fast there, but slow at c → 3 for each pixel.
+    are the same, but of c·r² → k·r² channels: bfloat16 units are fast there, and slow at c → 3 channels.
     x (N,c·r²,h,w), conv c → k. Returns (N,k,r·h,r·w).
     The shuffle turns the 3×3 pixels around (i,j) of x into 3r×3r. Output pixel (r·i + p, r·j + q) sees 3×3 of
     these, shifted by (p,q). So each (p,q) has a kernel of its own: `conv.weight` at that place among zeros,

@@ -397,8 +397,8 @@ def build_student(args, teacher, scale):
     student = models.from_config(config)
     own, found = student.state_dict(), given.state_dict()
     fitting = {name: v for name, v in found.items() if name in own and own[name].shape == v.shape}
-    for name in own.keys() - fitting.keys():
-        if not name.startswith("upsample"):
+    for name in own:
+        if name not in fitting and not name.startswith("upsample"):
             theirs = list(found[name].shape) if name in found else "missing"
             raise ConfigError(f"--init {args.init} does not fit the student: {name} is {theirs} there, and "
                               f"{list(own[name].shape)} here ({models.describe(given.config)})")
@@ -454,7 +454,7 @@ def check_folder(run):
         old, new = before.get(name), now[name]
         if old == new:
             continue
-        if isinstance(old, list):
+        if isinstance(old, list) and {*old} != {*new}:
             old, new = sorted({*old} - {*new}), sorted({*new} - {*old})
         raise ConfigError(f"{run.out} is another run: {name} is {str(old)[:99]} there, not {str(new)[:99]}")
     last = run.out / "last.ckpt"
@@ -528,26 +528,32 @@ class Recorded:
 
 
 def start(run, command):
-    """Makes the run folder, or drops the rows of an old log that its checkpoint does not know. Says what is
-    about to run."""
+    """Makes the run folder, or brings that of a resumed run up to date: new paths into config.json, and only
+    those rows into log.csv that the checkpoint knows. Says what is about to run."""
     args = run.args
     if run.rank > 0:
         return
-    log = run.out / "log.csv"
-    if run.resumed:
-        rows = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        known = [row for row in rows[1:] if row.endswith("\n") and int(row.split(",")[0]) <= run.step]
-        if len(known) < len(rows) - 1:
-            log.write_text("".join([rows[0], *known]), encoding="utf-8")
-        print(f"resumed after step {run.step} of {args.steps}")
+    config, log = run.out / "config.json", run.out / "log.csv"
+    if args.resume:
+        about = json.loads(config.read_text()) | dict(settings=vars(args))
     else:
-        run.out.mkdir(parents=True, exist_ok=bool(args.resume))
         about = dict(settings=vars(args), identity=run.identity, precision=run.precision,
                      accelerate_s=round(run.seconds, 2), **evaluate.provenance(command, run.device))
-        with models.replacing(run.out / "config.json") as f:
-            f.write(json.dumps(about, indent=1).encode())
-        terms = [term for term, weight in run.weights.items() if weight]
-        log.write_text(",".join(["step", "lr", *terms, "total", "val_psnr", "ms", "peak_gib"]) + "\n")
+        run.out.mkdir(parents=True)
+    with models.replacing(config) as f:
+        f.write(json.dumps(about, indent=1).encode())
+
+    terms = [term for term, weight in run.weights.items() if weight]
+    rows = [",".join(["step", "lr", *terms, "total", "val_psnr", "ms", "peak_gib"])]
+    for row in log.read_text(errors="replace").splitlines()[1:] if run.resumed and log.exists() else []:
+        step = row.split(",")[0]
+        if row.count(",") == rows[0].count(",") and step.isdigit() and int(step) <= run.step:
+            rows.append(row)
+    with models.replacing(log) as f:
+        f.write("\n".join([*rows, ""]).encode())
+
+    if run.resumed:
+        print(f"resumed after step {run.step} of {args.steps}")
     print(f"data    {len(run.patches.pictures)} pictures to train on, {len(run.held)} held out")
     for role, net in (("teacher", run.teacher), ("student", run.student)):
         if net:

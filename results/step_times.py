@@ -6,7 +6,7 @@
     python results/step_times.py edsr_baseline,dukd,blocks --profile         where the time of a step goes
 
 A case is TEACHER,METHOD or TEACHER,METHOD,COMPILE, as train.py names them. Other teachers than edsr_baseline
-get random weights. The student is `small`. Prints a line of JSON for each case, with the median of log.csv's ms.
+get random weights. The student is `small`. Prints a line of JSON a case, with the median of log.csv's ms.
 """
 import argparse
 import csv

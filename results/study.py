@@ -276,23 +276,24 @@ def table(study, over="KD"):
 
 def runs_table(folders):
     """The lines of a table of run folders: the settings in which they differ, and their held-out PSNR."""
-    runs = {}
+    runs = []  # (settings, log's rows)
     for folder in folders:
         try:
             settings = json.loads((folder / "config.json").read_text())["settings"]
             rows = list(csv.DictReader(open(folder / "log.csv")))
-            runs[folder.name] = settings, rows, [float(row["val_psnr"]) for row in rows if row["val_psnr"]]
-        except (OSError, ValueError, KeyError):
+            runs.append((dict(settings, run=folder), rows))
+        except (OSError, ValueError, LookupError, TypeError):
             print(f"note: {folder} is no run, or one of another version, and is passed over", file=sys.stderr)
-    names = dict.fromkeys(name for settings, _, _ in runs.values() for name in settings)
-    names = [name for name in names if name not in ("out", "resume", "device", "cache", "val_every")
-             and len({str(settings.get(name)) for settings, _, _ in runs.values()}) > 1]
+    names = dict.fromkeys(name for settings, _ in runs for name in settings)
+    names = [name for name in names if name not in ("run", "out", "resume", "device", "cache", "val_every")
+             and len({str(settings.get(name)) for settings, _ in runs}) > 1]
     yield f"| {' | '.join(['run', *names, 'step', 'held-out PSNR: best, last'])} |"
     yield "|---" * (len(names) + 3) + "|"
-    for run, (settings, rows, scores) in runs.items():
-        if scores:
-            cells = [run, *(settings.get(name) for name in names), rows[-1]["step"]]
-            yield f"| {' | '.join(map(str, cells))} | {max(scores):.2f}, {scores[-1]:.2f} |"
+    for settings, rows in runs:
+        scores = [float(row["val_psnr"]) for row in rows if row["val_psnr"]]
+        found = f"{max(scores):.2f}, {scores[-1]:.2f}" if scores else "none yet"
+        cells = [*(settings.get(name) for name in ("run", *names)), rows[-1]["step"] if rows else 0, found]
+        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def steps_of(arm):
@@ -316,7 +317,7 @@ def lasting_pairs(studies):
 
 
 def gap(arm, n, seed):
-    """A student's PSNR over bicubic on 16 of its training pictures, minus the same on the held-out ones, dB."""
+    """PSNR over bicubic on 16 of a student's training pictures, minus the same on the held-out ones, dB."""
     pictures = records()[arm, n, seed]["pictures"]
     trained_on, held = (pictures["best"][k] - pictures["bicubic"][k] for k in ("trained_on", "held"))
     return trained_on - held

@@ -84,7 +84,7 @@ def test_imresize_by_hand_and_of_views_and_float_tensors_but_of_nothing_else():
     ("clear.png", "P", dict(transparency=b"\0\x80\xff\7")), ("a.jp2", "RGB", dict(irreversible=False))])
 def test_pictures_are_read_as_rgb(tmp_path, name, mode, options, capsys):
     """Alpha is left out with a note: the colours under it stay. Grey is repeated, palettes are resolved."""
-    data.note.cache_clear()
+    data.NOTES.clear()
     picture = Image.fromarray(RGB).convert(mode)
     if mode[-1] == "A":
         picture.putalpha(Image.fromarray(noise(6, 8, seed=5)))
@@ -139,6 +139,7 @@ def frames(path):
     ("grey.png", lambda p: save(noise(4, 4).astype(np.uint16) * 16, p), "-depth 8"),
     ("grey.tif", lambda p: save(noise(4, 4).astype(np.uint16) * 257, p), "more than 8 bits a value"),
     ("colour.png", png_of_16_bits, "more than 8 bits a value; convert it: magick"),
+    ("colour.ppm", lambda p: p.write_bytes(b"P6 4 4 4095\n" + bytes(96)), "more than 8 bits a value"),
     ("float.tif", lambda p: save(np.full((4, 4), 0.5, np.float32), p), "more than 8 bits"),
     ("int.tif", lambda p: save(np.full((4, 4), 7, np.int32), p), "more than 8 bits"),
     ("zero.png", lambda p: p.write_bytes(b""), "not a readable image"),
@@ -162,7 +163,7 @@ def touch(folder, *names):
 
 
 def test_find_images_sorts_folders_and_says_once_what_it_leaves_out(tmp_path, capsys):
-    data.note.cache_clear()
+    data.NOTES.clear()
     a = touch(tmp_path / "a", "2.png", "1.JPG", "notes.txt", ".hidden.png", "f.npy")
     b = touch(tmp_path / "b", "0.Tiff", "odd.dat", ".hidden")
     touch(a / "folder.png", "inside.png")
@@ -179,7 +180,9 @@ def test_find_images_sorts_folders_and_says_once_what_it_leaves_out(tmp_path, ca
 @pytest.mark.parametrize("first, second", [
     ("img_001_SRF_4_HR.png", "img_001_SRF_4_LR.png"),  # SelfExSR's
     ("Canon_001_HR.png", "Canon_001_LR4.png"),  # RealSR's
-    ("b_x4_HR.png", "b_x4_SR.png"), ("0801.png", "0801x4.png"), ("a.png", "a_x2.png"), ("a.bmp", "a.png")])
+    ("a_HR_x4.png", "a_LRBI_x4.png"), ("a_hr.png", "a_lr.png"), ("P1_x4.png", "P1_x1.png"),
+    ("a.png", "a_x4_LR.png"), ("b_x4_HR.png", "b_x4_SR.png"), ("0801.png", "0801x4.png"),
+    ("a.png", "a_x2.png"), ("a.bmp", "a.png")])
 def test_lr_beside_hr_is_refused(tmp_path, first, second):
     folder = touch(tmp_path / "a", "before.png", first, second)
     refused(lambda: data.find_hr([folder]), folder / first, folder / second, "keep HR in a folder")

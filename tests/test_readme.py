@@ -92,12 +92,13 @@ def test_its_rows_of_studies_are_made_from_the_records(monkeypatch):
 def test_the_table_of_runs_has_a_column_for_each_difference(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "results"))
     import study
-    for name, p in [("a", 0.3), ("b", 0)]:
+    for name, p in [("a", 0.3), ("b", 0), ("new", 0)]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(dict(settings=dict(p=p, seed=0, out=name))))
-        (tmp_path / name / "log.csv").write_text("step,val_psnr\n5,28.1\n10,28.0\n")
-    (tmp_path / "no_run").mkdir()
-    table = list(study.runs_table(sorted(tmp_path.iterdir())))
+        (tmp_path / name / "log.csv").write_text("step,val_psnr\n" + "5,28.1\n10,28.0\n" * (name != "new"))
+    monkeypatch.chdir(tmp_path)
+    table = list(study.runs_table(map(Path, ["a", "b", "new", "no_run"])))
     assert table[0] == "| run | p | step | held-out PSNR: best, last |"
-    assert table[2:] == ["| a | 0.3 | 10 | 28.10, 28.00 |", "| b | 0 | 10 | 28.10, 28.00 |"]
+    assert table[2:] == ["| a | 0.3 | 10 | 28.10, 28.00 |", "| b | 0 | 10 | 28.10, 28.00 |",
+                         "| new | 0 | 0 | none yet |"]
     assert "no_run is no run" in capsys.readouterr().err

@@ -207,6 +207,8 @@ def test_paths_and_pace_may_be_given_anew(stopped):
         Path(name).rename(f"moved_{name}")
     train.main("--resume moved_run --data moved_train --val moved_val --teacher moved_edsr_x4.pt "
                "--cache other --val-every 1 --device cpu --compile no".split())
+    saved, _ = train.read_config("moved_run")  # a next --resume finds them
+    assert (saved["data"], saved["teacher"]) == (["moved_train"], "moved_edsr_x4.pt")
     log = rows("moved_run")
     assert [row["step"] for row in log] == [*"1234567"] and all(row["val_psnr"] for row in log[3:])
 
@@ -245,13 +247,14 @@ def test_a_foreign_checkpoint_in_a_run_folder_is_refused(stopped, capsys):
 
 
 def test_a_resumed_log_has_the_rows_that_its_checkpoint_knows(stopped):
-    """Also where the log is shorter than the checkpoint, or its last row was cut off."""
+    """Also where the log is shorter than the checkpoint, was cut off or edited, or is gone."""
     log = stopped / "log.csv"
     text = log.read_text()
     head, *known, _ = text.split("\n")
     assert len(known) == 3
-    for found, kept in [(text + f"4{known[0][1:]}\n1", known), (f"{head}\n{known[0]}\n", known[:1])]:
-        log.write_text(found)
+    for found, kept in [(text + f"4{known[0][1:]}\n1", known), (f"{head}\n{known[0]}\n", known[:1]),
+                        (text + "\n" + 9 * "\0" + "\n", known), ("", []), (None, [])]:
+        log.unlink() if found is None else log.write_text(found)
         run = train.Run(train.parse(["--resume", "run"]))
         train.accelerate(run)
         train.start(run, "")
