@@ -148,6 +148,11 @@ def test_a_run_learns_and_keeps_what_it_was(settings):
     assert models.load(run.out / "last.ckpt").config == run.student.config
 
 
+def test_the_first_validation_comes_after_100_steps(settings):
+    run = train.train(settings("run", steps=101, method="scratch", student="edsr_c1b1", val_every=1000))
+    assert [row["step"] for row in rows(run.out) if row["val_psnr"]] == ["100", "101"]
+
+
 def test_the_best_averaged_weights_are_kept(settings):
     """At this rate the best step is not the last."""
     run = train.train(settings(steps=7, val_every=2, lr=0.1, ema=0.5))
