@@ -534,10 +534,11 @@ def start(run, command):
     if run.rank > 0:
         return
     config, log = run.out / "config.json", run.out / "log.csv"
+    settings = vars(args) | dict(out=str(run.out), resume="")
     if args.resume:
-        about = json.loads(config.read_text()) | dict(settings=vars(args))
+        about = json.loads(config.read_text()) | dict(settings=settings)
     else:
-        about = dict(settings=vars(args), identity=run.identity, precision=run.precision,
+        about = dict(settings=settings, identity=run.identity, precision=run.precision,
                      accelerate_s=round(run.seconds, 2), **evaluate.provenance(command, run.device))
         run.out.mkdir(parents=True)
     with models.replacing(config) as f:

@@ -378,7 +378,7 @@ def plot():
                 for seed, y in zip(seeds, differences(arm, kd, n)):
                     middle.plot(gap(kd, n, seed), y, "o", color=f"C{i}")
     left.axvline(64, color="gray", linestyle=":")
-    left.text(64, left.get_ylim()[1], " the paper", va="top", color="gray")
+    left.text(64, 0.9 * left.get_ylim()[1], " the paper", va="top", color="gray")
     left.set_xscale("log")
     left.set(xlabel="epochs (o: study P; x: L, N, O)", ylabel="zoom-in's gain over KD on B100, dB")
     middle.set(xlabel="KD's gap: training − held-out pictures, dB", ylabel="the same gain, dB")
