@@ -545,13 +545,14 @@ def start(run, command):
         f.write(json.dumps(about, indent=1).encode())
 
     terms = [term for term, weight in run.weights.items() if weight]
-    rows = [",".join(["step", "lr", *terms, "total", "val_psnr", "ms", "peak_gib"])]
-    for row in log.read_text(errors="replace").splitlines()[1:] if run.resumed and log.exists() else []:
-        step = row.split(",")[0]
-        if row.count(",") == rows[0].count(",") and step.isdigit() and int(step) <= run.step:
-            rows.append(row)
+    rows = [",".join(["step", "lr", *terms, "total", "val_psnr", "ms", "peak_gib"]) + "\n"]
+    if run.resumed and log.exists():
+        for row in log.read_text(errors="replace").splitlines(keepends=True)[1:]:
+            step = row.split(",")[0]
+            if row.endswith("\n") and step.isdigit() and int(step) <= run.step:
+                rows.append(row)
     with models.replacing(log) as f:
-        f.write("\n".join([*rows, ""]).encode())
+        f.write("".join(rows).encode())
 
     if run.resumed:
         print(f"resumed after step {run.step} of {args.steps}")
