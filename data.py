@@ -29,8 +29,6 @@ PHOTOGRAPHS = Path(skimage.data.__file__).parent  # scikit-image brings them
 TRAIN = ("astronaut.png", "brick.png", "camera.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
          "moon.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg")
 VAL = ("coffee.png", "chelsea.png", "coins.png")
-
-
 NOTES, LOCK = set(), threading.Lock()  # of `note`
 
 

@@ -119,7 +119,7 @@ def parse(argv):
     if chosen.quick:
         p.set_defaults(**QUICK)
     if chosen.resume:
-        saved, _ = read_config(chosen.resume)
+        saved = read_config(chosen.resume)["settings"]
         if saved.keys() != vars(p.parse_args([])).keys():
             raise ConfigError(f"{chosen.resume} is of another version of train.py: start a new run")
         p.set_defaults(**saved | dict(out=chosen.resume))
@@ -330,10 +330,11 @@ class Run:
 
 
 def read_config(folder):
-    """The settings and the identity of a run to resume, from its config.json."""
+    """The config.json of a run to resume. It has `settings` and `identity`."""
     try:
         about = json.loads(Path(folder, "config.json").read_text())
-        return about["settings"], about["identity"]
+        about["settings"], about["identity"]  # they are there
+        return about
     except (OSError, ValueError, LookupError, TypeError):
         raise ConfigError(f"--resume {folder}: no run is there, as its config.json is missing, damaged or of "
                           "another version of train.py") from None
@@ -448,8 +449,8 @@ def check_folder(run):
         raise ConfigError(f"{run.out} exists: give --resume {run.out} to go on with a run, or another --out")
     if not run.args.resume:
         return None
-    settings, identity = read_config(run.out)
-    before, now = settings | identity, vars(run.args) | run.identity
+    saved = read_config(run.out)
+    before, now = saved["settings"] | saved["identity"], vars(run.args) | run.identity
     for name in sorted(now.keys() - MAY_CHANGE):
         old, new = before.get(name), now[name]
         if old == new:
@@ -533,17 +534,17 @@ def start(run, command):
     args = run.args
     if run.rank > 0:
         return
-    config, log = run.out / "config.json", run.out / "log.csv"
     settings = vars(args) | dict(out=str(run.out), resume="")
     if args.resume:
-        about = json.loads(config.read_text()) | dict(settings=settings)
+        about = read_config(run.out) | dict(settings=settings)
     else:
         about = dict(settings=settings, identity=run.identity, precision=run.precision,
                      accelerate_s=round(run.seconds, 2), **evaluate.provenance(command, run.device))
         run.out.mkdir(parents=True)
-    with models.replacing(config) as f:
+    with models.replacing(run.out / "config.json") as f:
         f.write(json.dumps(about, indent=1).encode())
 
+    log = run.out / "log.csv"
     terms = [term for term, weight in run.weights.items() if weight]
     rows = [",".join(["step", "lr", *terms, "total", "val_psnr", "ms", "peak_gib"]) + "\n"]
     if run.resumed and log.exists():

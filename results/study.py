@@ -239,14 +239,14 @@ def spread(values, digits=2):
 
 
 def differences(arm, reference, n):
-    """B100 of an arm's best checkpoints minus those of another, for each seed that both have: [dB]."""
+    """B100 of an arm's best checkpoints minus those of another, for each seed that both have: {seed: dB}."""
     ours, theirs = (psnrs(a, n, "best", "B100") for a in (arm, reference))
-    return [ours[seed] - theirs[seed] for seed in sorted(ours) if seed in theirs]
+    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours) if seed in theirs}
 
 
 def gain(arm, reference, n):
     """The mean of these differences with its 95 % t-interval, as text."""
-    values = differences(arm, reference, n)
+    values = [*differences(arm, reference, n).values()]
     if arm == reference or not values:
         return "–"
     mean = np.mean(values)
@@ -302,18 +302,20 @@ def steps_of(arm):
     return int(found[1].replace(",", "")) if found else 600
 
 
-LR_PIXELS = {LARGE: 50 * 171_926, REDUCED: 50 * 10_745}  # of small photographs 6,681 each, on average
+LR_PIXELS = {LARGE: 50 * 171_926, REDUCED: 50 * 10_745}
 
 
 def epochs(arm, n):
     """How often each LR pixel of a set is seen, on average, in batches of four 48×48 patches."""
-    return steps_of(arm) * 4 * 48 ** 2 / LR_PIXELS.get(n, 6681 * n if isinstance(n, int) else None)
+    pixels = LR_PIXELS[n] if n in LR_PIXELS else 6681 * n  # a small photograph's, on average
+    return steps_of(arm) * 4 * 48 ** 2 / pixels
 
 
 def lasting_pairs(studies):
     """(arm, KD of its length, images) of zoom-in in some studies."""
     pairs = {(arm, n) for study in studies for arm, n, _ in STUDIES[study] if arm.startswith("zoom-in")}
-    return [(arm, arm.replace("zoom-in", "KD"), n) for arm, n in sorted(pairs, key=lambda p: epochs(*p))]
+    pairs = sorted(pairs, key=lambda pair: (epochs(*pair), steps_of(pair[0])))
+    return [(arm, arm.replace("zoom-in", "KD"), n) for arm, n in pairs]
 
 
 def gap(arm, n, seed):
@@ -326,10 +328,11 @@ def gap(arm, n, seed):
 def fit_of_p():
     """The lines that say what study P predicts: gain = a + b·log n + c·log steps, with 95 % t-intervals."""
     points = [(n, steps_of(arm), value) for arm, kd, n in lasting_pairs(["P"]) if n != ALL
-              for value in differences(arm, kd, n)]
+              for value in differences(arm, kd, n).values()]
     yield "| images | steps | epochs | gain of zoom-in over KD | room: teacher − KD | KD's gap |"
     yield "|---|---|---|---|---|---|"
-    teacher = 27.404  # B100, edsr_baseline.json
+    evaluation = json.loads((RESULTS / "edsr_baseline.json").read_text())["evaluation"]
+    teacher = evaluation["results"]["edsr_baseline.pt"]["B100"]["psnr"]
     for arm, kd, n in lasting_pairs(["P"]):
         if differences(arm, kd, n):
             room = teacher - np.mean(list(psnrs(kd, n, "best", "B100").values()))
@@ -363,20 +366,19 @@ def plot():
     from matplotlib import pyplot
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
     for i, n in enumerate((2, 8, 32, 128, ALL, LARGE)):
-        lines = [(epochs(arm, n), differences(arm, kd, n)) for arm, kd, m in lasting_pairs(["P"]) if m == n]
-        lines = [(x, gains) for x, gains in lines if gains]
-        label = f"{n} small" if n != LARGE else "50 large"
-        left.plot([x for x, _ in lines], [np.mean(gains) for _, gains in lines], "-", color=f"C{i}")
-        left.plot(*zip(*[(x, y) for x, gains in lines for y in gains] or [(1, np.nan)]), "o", color=f"C{i}",
-                  label=label)
-        for arm, kd, m in lasting_pairs(["L", "N", "O"]):
-            for y in differences(arm, kd, n) if m == n else []:
-                left.plot(epochs(arm, n), y, "x", color=f"C{i}")
+        color, line = f"C{i}", []  # line: the mean of P's seeds at each number of epochs
+        left.plot([], [], "o", color=color, label="50 large" if n == LARGE else f"{n} small")
         for arm, kd, m in lasting_pairs(["P"]):
-            if m == n:
-                seeds = sorted({*psnrs(arm, n, "best", "B100")} & {*psnrs(kd, n, "best", "B100")})
-                for seed, y in zip(seeds, differences(arm, kd, n)):
-                    middle.plot(gap(kd, n, seed), y, "o", color=f"C{i}")
+            gains = differences(arm, kd, n) if m == n else {}
+            for seed, y in gains.items():
+                left.plot(epochs(arm, n), y, "o", color=color)
+                middle.plot(gap(kd, n, seed), y, "o", color=color)
+            if gains:
+                line.append((epochs(arm, n), np.mean([*gains.values()])))
+        left.plot([x for x, _ in line], [y for _, y in line], "-", color=color)
+        for arm, kd, m in lasting_pairs(["L", "N", "O"]):
+            gains = differences(arm, kd, n) if m == n else {}
+            left.plot([epochs(arm, n)] * len(gains), [*gains.values()], "x", color=color)
     left.axvline(64, color="gray", linestyle=":")
     left.text(64, 0.9 * left.get_ylim()[1], " the paper", va="top", color="gray")
     left.set_xscale("log")
@@ -384,7 +386,8 @@ def plot():
     middle.set(xlabel="KD's gap: training − held-out pictures, dB", ylabel="the same gain, dB")
     arms = [arm for arm in reversed(TERMS) if arm not in (START, "KD")]
     for n, label, marker, height in SETS:
-        points = [(value, i + height) for i, arm in enumerate(arms) for value in differences(arm, "KD", n)]
+        points = [(value, i + height) for i, arm in enumerate(arms)
+                  for value in differences(arm, "KD", n).values()]
         right.plot(*zip(*points), marker, label=label, markersize=5)
     right.axvline(0, color="gray", linewidth=1)
     right.set(yticks=range(len(arms)), yticklabels=arms, xlabel="each loss: PSNR over KD on B100, dB")

@@ -26,7 +26,7 @@ def test_it_starts_with_two_commands_that_need_python_alone():
 
 @pytest.mark.parametrize("file, words", COMMANDS)
 def test_its_commands_parse(file, words, monkeypatch):
-    fresh = vars(train.parse([])), {}
+    fresh = dict(settings=vars(train.parse([])))
     monkeypatch.setattr(train, "read_config", lambda folder: fresh)  # the run need not exist
     options = dict(train=train, evaluate=evaluate)[file].parse(shlex.split(words, comments=True))
     if file == "train" and options.student != "small":
