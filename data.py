@@ -1,7 +1,7 @@
 """Images: reading them, MATLAB's bicubic, and aligned training patches.
 
 A picture is a uint8 array (H,W,3), RGB. A batch is a float tensor (N,3,h,w) in [0,1]. A training image is
-decoded once, into a raw file that is mapped into memory. Patches are cut from it, a batch in a millisecond.
+decoded once, into a raw file that is mapped into memory. Patches are cut from it.
 """
 import hashlib
 import os
@@ -94,9 +94,10 @@ def images_in(folder):
 
 
 def find_hr(places):
-    """`find_images` for HR. DataError where a folder has a picture twice, as a_HR and a_LR, or a and ax4."""
+    """`find_images` for HR. DataError where a folder has a picture twice, as a_HR and a_LR, or 1 and 1x4."""
     images, found = find_images(places), {}
-    ending = re.compile(r"(?<=.)([_-]?x[12348]|[_-](HR|LR|LRBI|SR|GT)(x?[2348])?)+$", re.IGNORECASE)
+    scale = r"([_-]|(?<=[0-9]))x[12348]"  # 1x4 and fox_x4, not fox1
+    ending = re.compile(rf"(?<=.)({scale}|[_-](HR|LR|LRBI|SR|GT)(x?[2348])?)+$", re.IGNORECASE)
     for path in images:
         name = ending.sub("", path.stem)
         twin = found.setdefault((path.parent, name), path)
@@ -193,7 +194,7 @@ def refuse(errors, total):
 
 
 def seed_of(seed, step, draws=0):
-    """The seed of what is drawn in a step: 0 for its patches, 1 + rank for what a process draws besides."""
+    """The seed of a step's draws: 0 for its patches, 1 + rank for z, F and drop-path of a process."""
     return 1000 * (1_000_003 * seed + step) + draws  # room for 999 processes and a million steps
 
 

@@ -14,13 +14,13 @@ are made out of them. Only the teacher can label a new input. The paper's loss, 
     zoom_out_rec   |f_S(z) − I_LR|                L_dukd: the ground truth of that z is I_LR
     fitnet, at, fakd                              compare feature maps inside the two networks
 
-F is an invertible augmentation: it flips, transposes, inverts colours. Of zoom-in the student sees F(z), the
-teacher z. F⁻¹ undoes F on the student's output. So the student's answer must be the same, whatever F does.
+F is an invertible augmentation: it flips, transposes, inverts colours. In zoom-in, the student sees F(z)
+and the teacher z. F⁻¹ undoes F on the student's output. So the student must answer alike for every F.
 zoom_out_rec is in the paper's text, not in its equation.
 
 Shapes: N samples, C = 3 colours, h×w the LR patch, s the scale. Pictures are floats in [0,1]. |·| is the mean
 absolute error. To copy: the file, which needs torch only. Or parts of it: `zoom_in`, `InvertibleAugmentation`
-and the feature losses stand alone; `zoom_out` takes `bicubic_taps` and `bicubic_matrix` along; `losses`, all.
+and the feature losses stand alone; `zoom_out` needs `bicubic_neighbours` and `bicubic_matrix`; `losses`, all.
 """
 import functools
 import math
@@ -74,17 +74,18 @@ def zoom_out(lr, scale):
         return reduce_rows @ lr @ reduce_columns.T
 
 
-def bicubic_taps(n, factor):
-    """MATLAB's bicubic of n samples in a row: sample k of the result is Σ_t weights[k,t]·x[index[k,t]].
-    When reducing, the cubic kernel (a = −1/2) is stretched by 1/factor, against aliasing. Result k = 1, 2, …
-    lies at u = k/factor + ½(1 − 1/factor) of x_1, x_2, …. Edges repeat symmetrically.
-    Returns index (m,taps) int64, counted from 0, and weights (m,taps) float64, with m = ⌈n·factor⌉."""
+def bicubic_neighbours(n, factor):
+    """MATLAB's bicubic of n samples in a row: sample j of the result is Σ_i weights[j,i]·x[index[j,i]].
+    When reducing, the cubic kernel (a = −1/2) is stretched by 1/factor, against aliasing. With x and the
+    result counted from 1, sample j is centred at u = j/factor + ½(1 − 1/factor). x is mirrored at its edges.
+    Returns index (m,k) int64, counted from 0, and weights (m,k) float64: m = ⌈n·factor⌉ samples, k neighbours
+    of each."""
     stretch = min(factor, 1.0)
     width = 4 / stretch  # of the kernel
     m = math.ceil(n * factor - 1e-9)  # 50·1.1 must not round up
     u = torch.arange(1, m + 1, dtype=torch.float64) / factor + 0.5 * (1 - 1 / factor)
     first = torch.floor(u - width / 2)[:, None]
-    place = first + torch.arange(math.ceil(width) + 2)  # (m,taps)
+    place = first + torch.arange(math.ceil(width) + 2)  # (m,k)
     d = ((u[:, None] - place) * stretch).abs()
     near = 1.5 * d ** 3 - 2.5 * d ** 2 + 1
     far = -0.5 * d ** 3 + 2.5 * d ** 2 - 4 * d + 2
@@ -94,23 +95,23 @@ def bicubic_taps(n, factor):
     return torch.where(index < n, index, 2 * n - 1 - index), weights
 
 
-@functools.cache  # so a training step computes no weights, and copies none to a GPU
+@functools.cache  # so a training step computes no filter, and copies none to a GPU
 @torch.inference_mode(False)  # what is kept must also serve where gradients are computed
 def bicubic_matrix(n, factor, dtype, device):
-    """`bicubic_taps` as a matrix (m,n): resized = matrix @ x."""
-    index, weights = bicubic_taps(n, factor)
-    here = index[:, :, None] == torch.arange(n)  # (m,taps,n)
+    """`bicubic_neighbours` as a matrix (m,n): resized = matrix @ x."""
+    index, weights = bicubic_neighbours(n, factor)
+    here = index[:, :, None] == torch.arange(n)  # (m,k,n)
     return (weights[:, :, None] * here).sum(1).to(dtype).to(device)
 
 
 def bicubic_resize(x, factor, dims=(-2, -1)):
     """MATLAB's `imresize(x, factor, 'bicubic')` of float pictures along `dims`, one after the other.
-    Size n becomes ⌈n·factor⌉. Differentiable; no rounding, no clipping. Taps are added one by one in MATLAB's
-    order, so that float64 rounds as MATLAB does. (Small patches: `zoom_out` is faster.)"""
+    Size n becomes ⌈n·factor⌉. Differentiable; no rounding, no clipping. Neighbours are added one by one, in
+    MATLAB's order, so that float64 rounds as MATLAB does. (Small patches: `zoom_out` is faster.)"""
     for dim in dims:
-        index, weights = bicubic_taps(x.shape[dim], factor)
+        index, weights = bicubic_neighbours(x.shape[dim], factor)
         index, weights = index.to(x.device), weights.to(x.dtype).to(x.device)
-        column = [1] * x.dim()  # a tap's weights as a column along dim
+        column = [1] * x.dim()  # the weights of a neighbour as a column along dim
         column[dim] = len(weights)
         resized = 0
         for i, weight in zip(index.T, weights.T):
@@ -201,8 +202,8 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
     """The terms of L for a batch of training pairs: {term: scalar}, not yet weighted.
         terms = losses(f_S, f_T, lr, hr, METHODS["dukd"])
         L = sum(METHODS["dukd"][name] * term for name, term in terms.items())
-    student, teacher: f_S and f_T, (N,3,h,w) → (N,3,s·h,s·w), in [0,1]. Only f_S gets gradients. Freeze f_T,
-      and put it into eval mode; None if no term needs it. Wrap a network that works in another range, as in
+    student, teacher: f_S and f_T, (N,3,h,w) → (N,3,s·h,s·w), in [0,1]. Only f_S gets gradients. Put f_T into
+      eval mode; None if no term needs it. Wrap a network that works in another range, as in
       [−1,1]: lambda x: net(2 * x - 1) / 2 + 0.5. L1 grows with the range: 255 times as large in [0,255].
     lr: I_LR (N,3,h,w). hr: I_HR (N,3,s·h,s·w). For zoom-out, h and w are multiples of s.
     weights: {term: λ}, as in METHODS. What has no weight, or 0, is not computed.

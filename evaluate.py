@@ -83,7 +83,8 @@ def to_uint8(x):
 def upscale(model, x, tile=0):
     """model(x) for x (N,3,h,w) in [0,1] of any size: (N,3,s·h,s·w).
     An x of more than `tile` LR pixels a side is computed in tiles, with margins around them (0: never). EDSR
-    up to 46 blocks sees no farther than a margin: its tiles equal the whole. Others' fade into each other."""
+    up to 46 blocks sees no farther than a margin: its tiles equal the whole. Other networks' tiles are
+    blended where they meet."""
     (h, w), s = x.shape[-2:], model.scale
     if tile <= 0 or max(h, w) <= tile:
         return model(x)
@@ -134,9 +135,9 @@ def resizer(scale):
 
 
 def reader(place, scale, names):
-    """The maker that reads pictures of another tool. For baby it reads baby, babyx4 or baby_x4 in the folder
-    `place`, or else the only babyx4_ANY or baby_ANY. names: of all HR pictures. If there is a night_sky, then
-    night_sky_x4 is not night's. DataError for none, for several, and for a wrong size."""
+    """The maker that reads pictures of another tool from the folder `place`. For the HR picture baby it reads
+    baby, babyx4 or baby_x4, or else the only babyx4_ANY or baby_ANY. names: of all HR pictures; where several
+    fit a file, the longest counts. DataError for no file, for several, and for a wrong size."""
     owned = {name: [] for name in names}
     for file in data.find_images([place]):
         owners = [name for name in names if re.fullmatch(rf"{re.escape(name)}(x{scale})?(_.+)?", file.stem)]
@@ -361,7 +362,7 @@ def parse(argv):
     p.add_argument("--figure", metavar="FILE", help="write crops of the first picture: HR, and each row's")
     p.add_argument("--input", metavar="FILE|DIR", help="pictures to upscale")
     p.add_argument("--output", metavar="FILE|DIR", help="where the upscaled pictures are written")
-    p.add_argument("--tile", type=int, default=256, help="LR pixels a side of a tile; 0: no tiles [256]")
+    p.add_argument("--tile", type=int, default=256, help="LR pixels a side of a tile's core; 0: none [256]")
     p.add_argument("--self-ensemble", action="store_true", help="mean over eight flips and transpositions")
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1, … [cuda where there is one]")
     p.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="[float32]")

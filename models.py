@@ -428,7 +428,7 @@ def replacing(path):
 
 
 def save(path, model, raw=None):
-    """Writes {"params_ema", "params", "config"}, which BasicSR and the authors' codes read as well.
+    """Writes {"params_ema", "params", "config"}, which BasicSR reads as well, and SwinIR's authors' code.
     "params_ema" are the weights of `model`. "params" are the same, or those of the state dict `raw`."""
     constants = model.authors_buffers() if isinstance(model, SwinIR) else {}
     averaged = model.state_dict() | constants

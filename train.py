@@ -11,6 +11,7 @@ Read downward: settings, one step, the loop, what a checkpoint holds, set-up, sp
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
 import gc
 import hashlib
@@ -34,7 +35,8 @@ import evaluate
 import models
 
 QUICK = dict(steps=1300, batch=2, patch=24, lr=1.4e-3, schedule="cosine")
-# Settings that may be given anew with --resume. Of paths, `Run.identity` keeps what must be the same.
+# Settings that may be given anew with --resume. The pictures' names and the teacher's weights must stay the
+# same: see `Run.identity`.
 MAY_CHANGE = {"resume", "out", "teacher", "data", "val", "cache", "device", "compile", "val_every"}
 
 
@@ -112,7 +114,7 @@ def parse(argv):
                    help="on CUDA: compile the networks' blocks, and record the step as a graph [%(default)s]")
     g.add_argument("--cache", metavar="DIR", default="runs/cache", help="decoded pictures [%(default)s]")
     g.add_argument("--val-every", metavar="STEPS", type=between(0, 10**9, int), default=0,
-                   help="between validations [a tenth of the run, at most 5000]")
+                   help="between validations [a tenth of the run, at most 5000]; one more at step 100")
 
     for term in dukd.TERMS:
         p.set_defaults(**{f"lambda_{term}": float(dukd.METHODS[chosen.method].get(term, 0))})
@@ -318,7 +320,7 @@ class Run:
         """Adds a row to log.csv: the means of the terms since the row before, a new PSNR, ms a step."""
         row = [self.step, f"{learning_rate(self.step - 1, self.args):.3g}"]
         row += [f"{mean:.8g}" for mean in means]
-        row += [f"{self.psnr:.4f}" if validated else "", f"{ms:.2f}", evaluate.peak_memory(self.device) or ""]
+        row += [f"{self.psnr:.4f}" if validated else "", f"{ms:.2f}"]
         with open(self.out / "log.csv", "a") as f:
             print(*row, sep=",", file=f)
 
@@ -379,10 +381,11 @@ def join_processes(run):
     """Joins the processes that torchrun has started. The first one speaks for all."""
     if run.rank > 0:
         sys.stdout = open(os.devnull, "w")
+    patience = datetime.timedelta(hours=5)  # while the first process scores
     if run.device.type == "cuda":
-        dist.init_process_group("nccl", device_id=run.device)
+        dist.init_process_group("nccl", device_id=run.device, timeout=patience)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=patience)
 
 
 def build_student(args, teacher, scale):
@@ -417,9 +420,9 @@ def choose_pictures(args):
     if not held:
         count = min(max(len(images) // 10, 1), 10)
         held = images[::len(images) // count][:count]
-        images = [path for path in images if path not in held]
+    images = [path for path in images if path not in held]
     if not images:
-        raise ConfigError(f"{args.data[0]} has one picture, which is held out: name others with --val")
+        raise ConfigError(f"{args.data[0]} has no picture besides the held-out ones: name others with --val")
     return images, held
 
 
@@ -467,18 +470,21 @@ def check_folder(run):
 
 def accelerate(run):
     """Makes run.forward_backward as fast as the device allows; results change by rounding only. Tries a step,
-    so that what cannot work ends before a folder is made. run.seconds: what this took."""
+    so that what cannot work ends before a folder is made. run.seconds: what this took. run.peak_gib: what a
+    step takes of a GPU's memory, without Adam's averages."""
     began, cuda = time.perf_counter(), run.device.type == "cuda"
     pair = run.patches[run.step]
     torch.backends.cudnn.benchmark = True  # cuDNN searches for the fastest algorithm of each shape
-    if cuda and run.args.compile != "no":
-        compile_blocks(run, pair)
     try:
         run.forward_backward(*pair)
     except ValueError as e:  # dukd.losses says what does not fit
         raise ConfigError(str(e)) from None
+    if cuda and run.args.compile != "no":
+        compile_blocks(run, pair)
     if cuda:
         torch.cuda.reset_peak_memory_stats()  # cuDNN's search takes more than a step
+        run.forward_backward(*pair)
+    run.peak_gib = evaluate.peak_memory(run.device)
     if cuda and run.args.compile == "graph":
         run.forward_backward = Recorded(run.forward_backward, pair)
     torch.backends.cudnn.benchmark = False  # it would search anew for each size of held-out picture
@@ -539,14 +545,15 @@ def start(run, command):
         about = read_config(run.out) | dict(settings=settings)
     else:
         about = dict(settings=settings, identity=run.identity, precision=run.precision,
-                     accelerate_s=round(run.seconds, 2), **evaluate.provenance(command, run.device))
+                     accelerate_s=round(run.seconds, 2), peak_gib=run.peak_gib,
+                     **evaluate.provenance(command, run.device))
         run.out.mkdir(parents=True)
     with models.replacing(run.out / "config.json") as f:
         f.write(json.dumps(about, indent=1).encode())
 
     log = run.out / "log.csv"
     terms = [term for term, weight in run.weights.items() if weight]
-    rows = [",".join(["step", "lr", *terms, "total", "val_psnr", "ms", "peak_gib"]) + "\n"]
+    rows = [",".join(["step", "lr", *terms, "total", "val_psnr", "ms"]) + "\n"]
     if run.resumed and log.exists():
         for row in log.read_text(errors="replace").splitlines(keepends=True)[1:]:
             step = row.split(",")[0]
@@ -575,7 +582,7 @@ def start(run, command):
     hours = run.seconds * (args.steps - run.step) / 3600  # accelerate took a step
     if run.device.type == "cpu" and hours > 1:
         print(f"note: on this CPU that takes about {hours:.0f} hours. It can be stopped and resumed at any "
-              f"time. A run of minutes: {command} --quick", file=sys.stderr)
+              "time. --quick takes minutes", file=sys.stderr)
 
 
 @torch.compiler.set_stance("force_eager")

@@ -47,7 +47,7 @@ def time_steps(case, steps, more):
         rows = list(csv.DictReader(open(run.out / "log.csv")))
     timed = rows[1:-1] or rows  # the first warms up; the last may be of few steps
     return dict(case=case, ms=round(statistics.median(float(row["ms"]) for row in timed), 2),
-                peak_gib=rows[-1]["peak_gib"], batch=run.args.batch, patch=run.args.patch,
+                batch=run.args.batch, patch=run.args.patch,
                 **{key: about[key] for key in about if key not in ("settings", "identity")})
 
 

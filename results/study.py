@@ -89,7 +89,7 @@ STUDIES = {
     "O": grid([lasting(arm, 3000) for arm in ("KD", "zoom-in", "DUKD")], [LARGE], 1),
     "P": grid([START_OF_P], [128, 8, 32], 3) + grid([START_OF_P], [ALL], 2)
     + of_each_length(FEW + MANY, 2) + of_each_length(FEW, 3)[-2 * len(FEW):]
-    + [(lasting("DUKD", steps), n, 0) for n, steps in ((128, 2400), (ALL, 10_000))],
+    + [(lasting("DUKD", steps), n, 1) for n, steps in ((128, 2400), (ALL, 10_000))],
 }
 
 
@@ -326,9 +326,7 @@ def gap(arm, n, seed):
 
 
 def fit_of_p():
-    """The lines that say what study P predicts: gain = a + b·log n + c·log steps, with 95 % t-intervals."""
-    points = [(n, steps_of(arm), value) for arm, kd, n in lasting_pairs(["P"]) if n != ALL
-              for value in differences(arm, kd, n).values()]
+    """The lines of study P's points, and of its fit with 95 % t-intervals: of all seeds, and of each."""
     yield "| images | steps | epochs | gain of zoom-in over KD | room: teacher − KD | KD's gap |"
     yield "|---|---|---|---|---|---|"
     evaluation = json.loads((RESULTS / "edsr_baseline.json").read_text())["evaluation"]
@@ -339,14 +337,23 @@ def fit_of_p():
             gaps = [gap(kd, n, seed) for seed in psnrs(kd, n, "best", "B100")]
             yield (f"| {n} | {steps_of(arm):,} | {epochs(arm, n):.3g} | {gain(arm, kd, n)} | {room:.3f} | "
                    f"{spread(gaps, 3)} |")
-    if len(points) > 4:
-        n, steps, gains = map(np.array, zip(*points))
+    points = [(n, steps_of(arm), seed, value) for arm, kd, n in lasting_pairs(["P"]) if n != ALL
+              for seed, value in differences(arm, kd, n).items()]
+    seeds = sorted({seed for _, _, seed, _ in points})
+    yield "\n| gain = a + b·log n + c·log steps | points | b (log n) | c (log steps) | b + c |"
+    yield "|---|---|---|---|---|"
+    for label, chosen in [("all seeds", seeds), *[(f"seed {seed}", [seed]) for seed in seeds]]:
+        n, steps, gains = np.array([(n, steps, y) for n, steps, seed, y in points if seed in chosen]).T
         x = np.stack([np.ones(len(n)), np.log(n), np.log(steps)], axis=1)
         found, (squares,), *_ = np.linalg.lstsq(x, gains, rcond=None)
         free = len(n) - 3
-        errors = np.sqrt(np.diag(np.linalg.inv(x.T @ x)) * squares / free) * scipy.stats.t.ppf(0.975, free)
-        for name, value, error in zip(("a", "b (log n)", "c (log steps)"), found, errors):
-            yield f"{name} = {value:+.4f} [{value - error:+.4f}, {value + error:+.4f}] dB, {len(n)} points"
+        covariance = np.linalg.inv(x.T @ x) * squares / free
+        cells = []
+        for sum_of in ([0, 1, 0], [0, 0, 1], [0, 1, 1]):
+            value = sum_of @ found
+            half = scipy.stats.t.ppf(0.975, free) * np.sqrt(sum_of @ covariance @ sum_of)
+            cells.append(f"{value:+.4f} [{value - half:+.4f}, {value + half:+.4f}]")
+        yield f"| {label} | {len(n)} | {' | '.join(cells)} |"
 
 
 # What --plot draws at the right: a set of images, its label, its marker and its height.

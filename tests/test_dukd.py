@@ -338,7 +338,7 @@ def copied(*names):
 def test_each_part_of_the_method_can_be_copied_out():
     hr, lr = uniform(4, 3, 16, 16), uniform(4, 3, 8, 8)
     assert torch.equal(copied("zoom_in")(hr, 8, seeded(1)), zoom_in(hr, 8, seeded(1)))
-    assert torch.equal(copied("bicubic_taps", "bicubic_matrix", "zoom_out")(lr, 2), zoom_out(lr, 2))
+    assert torch.equal(copied("bicubic_neighbours", "bicubic_matrix", "zoom_out")(lr, 2), zoom_out(lr, 2))
     F = copied("InvertibleAugmentation").sample(4, generator=seeded(2))
     G = InvertibleAugmentation.sample(4, generator=seeded(2))
     assert torch.equal(F.apply(hr), G.apply(hr)) and torch.equal(F.invert(hr), G.invert(hr))

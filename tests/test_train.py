@@ -113,7 +113,7 @@ def test_the_loop_is_adam_on_each_gradient_and_averages_the_weights(settings):
             for s, t in zip(other.student.taps, other.teacher.taps)]
     weights = dukd.METHODS["dukd"] | dict(rec=3, fitnet=0.5)
     log = rows(run.out)
-    assert list(log[0]) == ["step", "lr", *weights, "total", "val_psnr", "ms", "peak_gib"]
+    assert list(log[0]) == ["step", "lr", *weights, "total", "val_psnr", "ms"]
     for step, rate in enumerate([1e-2] * 4 + [1e-3] * 4 + [1e-4] * 2):
         lr, hr = other.patches[step]
         torch.manual_seed(data.seed_of(0, step, 1))
@@ -128,7 +128,7 @@ def test_the_loop_is_adam_on_each_gradient_and_averages_the_weights(settings):
         average = [decay * a + (1 - decay) * w.detach() for a, w in zip(average, other.parameters)]
         for name, value in weighted.items():
             assert float(log[step][name]) == pytest.approx(value.item(), rel=1e-5)
-        assert float(log[step]["lr"]) == rate and 0 < float(log[step]["ms"]) and not log[step]["peak_gib"]
+        assert float(log[step]["lr"]) == rate and 0 < float(log[step]["ms"])
     assert close(run.parameters, other.parameters) and close(run.averaged, average)
     assert not any(p.requires_grad for p in run.averaged)  # the average keeps no graph of the steps
 
@@ -297,10 +297,10 @@ def test_init_starts_with_the_function_of_the_file(tmp_path, settings):
 
 def test_a_run_of_hours_says_so_before_its_first_step(settings, capsys):
     run = train.Run(settings(steps=72))
-    run.seconds = 100  # of the step that was tried
+    run.seconds, run.peak_gib = 100, None  # of the step that was tried
     train.start(run, "python train.py --teacher x")
-    assert ("about 2 hours. It can be stopped and resumed at any time. A run of minutes: "
-            "python train.py --teacher x --quick\n") in capsys.readouterr().err
+    hint = "about 2 hours. It can be stopped and resumed at any time. --quick takes minutes\n"
+    assert hint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count, held", [(2, 1), (19, 1), (20, 2), (120, 10)])
@@ -461,14 +461,17 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", STUDENTS)
-def test_on_a_gpu_the_recorded_step_gives_the_plain_one(settings, family, precision):
-    """Terms and gradients, while the weights change, and after a validation, which computes other sizes."""
+def test_on_a_gpu_the_recorded_step_gives_the_plain_one(settings, monkeypatch, family, precision):
+    """Terms and gradients, also after a validation, which computes other sizes. In float32 the weights
+    change. In bfloat16 Adam would enlarge what the compiler rounds otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     args = settings(family=family, device="cuda", precision=precision, crops=2, lr=1e-3)
     plain, recorded = train.Run(args), train.Run(args)
     train.accelerate(recorded)
     assert isinstance(recorded.forward_backward, train.Recorded)
     for _ in range(2):
-        expected, found = results(plain, 8, optimise=True), results(recorded, 8, optimise=True)
+        optimise = precision == "float32"
+        expected, found = results(plain, 8, optimise), results(recorded, 8, optimise)
         tolerance = 1e-3 if precision == "float32" else 2e-2
         assert (found - expected).norm() < tolerance * expected.norm()
         recorded.score(train.evaluate.upscaler(recorded.ema), "student")
@@ -497,7 +500,7 @@ def test_on_a_gpu_a_run_is_resumed(settings):
     assert equal(run.parameters, again.parameters) and equal(run.averaged, again.averaged)
     state = next(iter(again.optimizer.state.values()))
     assert state["step"].device == again.device and again.optimizer.param_groups[0]["fused"]
-    assert all(float(row["peak_gib"]) > 0 for row in rows(run.out))
+    assert json.loads((run.out / "config.json").read_text())["peak_gib"] > 0
 
 
 @needs_gpu
