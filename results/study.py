@@ -345,8 +345,10 @@ def fit_of_p():
     for label, chosen in [("all seeds", seeds), *[(f"seed {seed}", [seed]) for seed in seeds]]:
         n, steps, gains = np.array([(n, steps, y) for n, steps, seed, y in points if seed in chosen]).T
         x = np.stack([np.ones(len(n)), np.log(n), np.log(steps)], axis=1)
+        free = len(n) - 3  # degrees of freedom
+        if free < 1:
+            continue
         found, (squares,), *_ = np.linalg.lstsq(x, gains, rcond=None)
-        free = len(n) - 3
         covariance = np.linalg.inv(x.T @ x) * squares / free
         cells = []
         for sum_of in ([0, 1, 0], [0, 0, 1], [0, 1, 1]):
