@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -33,8 +34,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402 (the project's)
 import evaluate  # noqa: E402
 
-FIXED = ("--teacher edsr_baseline.pt --student small --steps 600 --batch 4 --patch 48 "
-         "--lr 5e-4 --schedule cosine")
+FIXED = "--steps 600 --batch 4 --patch 48 --lr 5e-4 --schedule cosine"
 
 # The arms: by its label, the flags that follow FIXED. Where both name a flag, the arm's counts.
 # START makes the student that the other arms of its seed and images go on from.
@@ -53,14 +53,17 @@ TERMS = {
     "DUKD, released weights": "--method dukd --lambda-rec 5 --lambda-zoom-in .5 --lambda-zoom-out .5 "
                               "--lambda-zoom-out-rec 2.5",
 }
-START_OF_P = "the start of P"  # made where P's other runs are made
-ARMS = TERMS | {START_OF_P: TERMS[START]}
+STARTS = {name: f"the start of {name}" for name in "PQR"}  # made where the other runs of a study are made
+ARMS = TERMS | {label: TERMS[START] for label in STARTS.values()}
+ARMS["zoom-in, half the pairs"] = "--method zoom_in --batch 2"
+ARMS["zoom-in, a quarter of the pairs"] = "--method zoom_in --batch 1 --crops 3"
 
 
-def lasting(arm, steps):
-    """The label of an arm that takes so many steps, which becomes one of ARMS."""
-    label = f"{arm}, {steps:,} steps"
-    ARMS[label] = f"{TERMS[arm]} --steps {steps}"
+def lasting(arm, steps, study=""):
+    """The label of an arm that takes so many steps, which becomes one of ARMS. Q and R have labels of their
+    own, since they make their own KD."""
+    label = f"{study} {arm}, {steps:,} steps".strip()
+    ARMS[label] = f"{ARMS[arm]} --steps {steps}"
     return label
 
 
@@ -79,6 +82,15 @@ def of_each_length(lengths, seeds):
             for run in ((lasting("KD", steps), n, seed), (lasting("zoom-in", steps), n, seed))]
 
 
+def of_equal_time(study, n, arms, seed=0):
+    """The runs of study Q or R with n training images. arms: [(arm, steps)]."""
+    return [(lasting(arm, steps, study), n, seed) for arm, steps in arms]
+
+
+HALF, QUARTER = "zoom-in, half the pairs", "zoom-in, a quarter of the pairs"
+BOLD = [("KD", 2400), (HALF, 2400), ("KD", 4800)]  # zoom-in for 2,400 steps takes KD's time for 4,800
+FULL = [(QUARTER, 2400), ("scratch", 2400), ("DUKD", 2400)]
+SHORT = [("KD", 600), (HALF, 600), ("KD", 1200)]
 MAIN = [START, "scratch", "KD", "zoom-in", "DUKD"]
 FEW = [(128, 2400), (8, 150), (32, 600), (8, 600), (128, 600), (32, 150), (32, 2400), (8, 2400), (128, 150)]
 MANY = [(ALL, 600), (ALL, 4100), (ALL, 10_000)]
@@ -87,10 +99,21 @@ STUDIES = {
     "M": grid(["KD", "zoom-in", "zoom-out", "zoom-out without zoom_out_rec"], [LARGE, REDUCED], 2),
     "N": grid(MAIN, [ALL, LARGE], 2) + grid(MAIN, [2, 8, 32, 128], 3),
     "O": grid([lasting(arm, 3000) for arm in ("KD", "zoom-in", "DUKD")], [LARGE], 1),
-    "P": grid([START_OF_P], [128, 8, 32], 3) + grid([START_OF_P], [ALL], 2)
+    "P": grid([STARTS["P"]], [128, 8, 32], 3) + grid([STARTS["P"]], [ALL], 2)
     + of_each_length(FEW + MANY, 2) + of_each_length(FEW, 3)[-2 * len(FEW):]
     + [(lasting("DUKD", steps), n, 1) for n, steps in ((128, 2400), (ALL, 10_000))],
+    "Q": of_equal_time("Q", ALL, [("KD", 20_000)])  # the longest first
+    + of_equal_time("Q", 8, [*BOLD, ("zoom-in", 2400)]) + of_equal_time("Q", 128, [*BOLD, ("zoom-in", 2400)])
+    + of_equal_time("Q", ALL, [("KD", 10_000), (HALF, 10_000)])
+    + of_equal_time("Q", 8, FULL) + of_equal_time("Q", 128, FULL)
+    + of_equal_time("Q", 8, SHORT) + of_equal_time("Q", 128, SHORT) + of_equal_time("Q", 32, BOLD)
+    + of_equal_time("Q", 8, [*BOLD, ("zoom-in", 2400), FULL[0]], 1)
+    + of_equal_time("Q", 128, [*BOLD, ("zoom-in", 2400), FULL[0]], 1)
+    + of_equal_time("Q", ALL, [("zoom-in", 10_000), (HALF, 20_000), ("scratch", 10_000), ("DUKD", 10_000)]),
+    "R": of_equal_time("R", 128, [("KD", 2400), ("zoom-in", 2400), (HALF, 2400), ("scratch", 2400),
+                                  ("DUKD", 2400)]),
 }
+TEACHERS = {"R": "DCTLSA_x4.pt"}  # of a study, else edsr_baseline.pt; others lie in --data
 
 
 def folder(arm, n, seed):
@@ -140,13 +163,14 @@ def call(log, program, *words):
                        env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 
-def train_and_score(arm, n, seed, start, images, place):
-    """One run: its record for the JSON. start: the arm from whose best weights it goes on."""
+def train_and_score(arm, n, seed, started, teacher, images, place):
+    """One run: its record for the JSON. started: the future of the start that it goes on from, or None."""
     out = folder(arm, n, seed)
-    words = shlex.split(f"{FIXED} {ARMS[arm]} --seed {seed} --val {RUNS}/held --cache {RUNS}/cache")
-    words += ["--out", str(out)]
-    if arm != start:
-        words += ["--init", str(folder(start, n, seed) / "best.pt")]
+    student = "edsr_c32b16"  # the small student of edsr_baseline.pt
+    words = shlex.split(f"--student {student} {FIXED} {ARMS[arm]} --seed {seed} --val {RUNS}/held")
+    words += ["--cache", f"{RUNS}/cache", "--out", str(out), "--teacher", str(teacher)]
+    if started:
+        words += ["--init", str(started.result() / "best.pt")]
     words += ["--data", str(images)]
     resumed, began = (out / "config.json").exists(), time.time()
     call(f"{out}.log", "train.py", *(["--resume", out] if resumed else words))
@@ -160,21 +184,16 @@ def train_and_score(arm, n, seed, start, images, place):
                   precision=about["precision"],
                   held_out_by_step=held_out, seconds=None if resumed else round(seconds),
                   **{key: about[key] for key in ("git", "versions", "device_name", "started")})
-    record["best"] = score(out, "best.pt", best, place)
-    record["end"] = record["best"] if best == end else score(out, "student.pt", end, place)
-    trained_on = out / "trained_on"
-    copy(sorted(images.iterdir())[:16], trained_on)
-    of_pictures = ["edsr_baseline.pt", "bicubic", "--data", trained_on, RUNS / "held"]
-    record["pictures"] = {Path(name).stem: {place: scores["psnr"] for place, scores in row.items()}
-                          for name, row in table_of(out, "best.pt", *of_pictures).items()}
+    record["best"] = score(out, "best.pt", best, teacher, place)
+    record["end"] = record["best"] if best == end else score(out, "student.pt", end, teacher, place)
     return record
 
 
-def score(out, file, point, place):
+def score(out, file, point, teacher, place):
     """A checkpoint's step, its held-out PSNR, its scores on the test sets, and B100 against the teacher."""
     sets = [place / name for name in ("Set5", "Set14", "B100")]
     scores, = table_of(out, file, "--data", *sets).values()
-    to_teacher, = table_of(out, file, "--data", sets[-1], "--against", "edsr_baseline.pt").values()
+    to_teacher, = table_of(out, file, "--data", sets[-1], "--against", teacher).values()
     return dict(step=point[0], held_out=point[1], **scores, to_teacher=to_teacher["B100"])
 
 
@@ -196,32 +215,51 @@ def records():
 
 
 def run(study, place, seeds, jobs):
-    """Makes the runs of a study that have no record yet, `jobs` at a time. The starts are made first."""
-    pool, start = prepare(place), START_OF_P if study == "P" else START
+    """Makes the runs of a study that have no record yet, `jobs` at a time, in the order of STUDIES. A start
+    is made before the first run that goes on from it."""
+    pool, start = prepare(place), STARTS.get(study, START)
+    teacher = place / TEACHERS[study] if study in TEACHERS else Path("edsr_baseline.pt")
     missing = [one for one in STUDIES[study] if one not in records() and one[2] < seeds]
-    needed = dict.fromkeys((start, n, seed) for _, n, seed in missing)
-    starts = [one for one in needed if one not in records() or not (folder(*one) / "best.pt").exists()]
     print(f"{study}: {len(missing)} runs to make", flush=True)
-    for part in (starts, [one for one in missing if one[0] != start]):
-        executor = concurrent.futures.ThreadPoolExecutor(jobs)
-        tasks = [executor.submit(train_and_score, arm, n, seed, start, training_images(n, seed, pool, place),
-                                 place)
-                 for arm, n, seed in part]
-        try:
-            for task in concurrent.futures.as_completed(tasks):
-                write_down(task.result(), RESULTS / f"study_{study}.json")
-        except KeyboardInterrupt:
-            raise SystemExit("stopped; the same command goes on") from None
-        finally:
-            executor.shutdown(cancel_futures=True)  # after a signal or an error no further run begins
+    executor = concurrent.futures.ThreadPoolExecutor(jobs)
+    starts, tasks = {}, []  # starts: the futures of their folders
+    for arm, n, seed in missing:
+        about = (teacher, training_images(n, seed, pool, place), place)
+        if (n, seed) not in starts:
+            starts[n, seed] = executor.submit(make_start, study, start, n, seed, *about)
+        if arm != start:
+            tasks.append(executor.submit(make, study, arm, n, seed, starts[n, seed], *about))
+    try:
+        for task in concurrent.futures.as_completed([*starts.values(), *tasks]):
+            task.result()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on") from None
+    finally:
+        executor.shutdown(cancel_futures=True)  # after a signal or an error no further run begins
+
+
+def make(study, *about):
+    """Makes a run, and writes its record."""
+    write_down(train_and_score(*about), RESULTS / f"study_{study}.json")
+
+
+def make_start(study, start, n, seed, *about):
+    """Makes a start where its record or its folder is missing. Returns the folder."""
+    if (start, n, seed) not in records() or not (folder(start, n, seed) / "best.pt").exists():
+        make(study, start, n, seed, None, *about)
+    return folder(start, n, seed)
+
+
+WRITING = threading.Lock()
 
 
 def write_down(record, file):
     """Adds the record of a run to a study's JSON, in the place of an earlier one of the same run."""
-    earlier = json.loads(file.read_text()) if file.exists() else []
-    others = [r for r in earlier if any(r[key] != record[key] for key in ("arm", "n", "seed"))]
-    file.write_text(json.dumps([*others, record], indent=1))
-    records.cache_clear()
+    with WRITING:
+        earlier = json.loads(file.read_text()) if file.exists() else []
+        others = [r for r in earlier if any(r[key] != record[key] for key in ("arm", "n", "seed"))]
+        file.write_text(json.dumps([*others, record], indent=1))
+        records.cache_clear()
     print(f"{record['arm']}, n = {record['n']}, seed {record['seed']}: held out "
           f"{record['best']['held_out']:.2f}, B100 {record['best']['B100']['psnr']:.3f}", flush=True)
 
