@@ -1,10 +1,9 @@
 """Images: reading them, MATLAB's bicubic, and aligned training patches.
 
-A picture is a uint8 array (H,W,3), RGB. A batch is a float tensor (N,3,h,w) in [0,1]. A training image is
-decoded once, into a raw file that is mapped into memory. Patches are cut from it.
+A picture is a uint8 array (H,W,3), RGB. A batch is a float tensor (N,3,h,w) in [0,1].
 """
+import functools
 import hashlib
-import os
 import re
 import sys
 import threading
@@ -18,6 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import models
 from dukd import bicubic_resize
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # read_image raises what matters
@@ -83,9 +83,12 @@ def find_images(places):
 def images_in(folder):
     """The image files in a folder, sorted by name. Hidden files are passed over.
     A note tells of other files and of folders. DataError if there are no images."""
-    entries = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
-    images = [path for path in entries if path.suffix.lower() in EXTENSIONS and not path.is_dir()]
-    others = [path.name for path in entries if path not in images]
+    images, others = [], []
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in EXTENSIONS and not path.is_dir() and path.name[0] != ".":
+            images.append(path)
+        elif path.name[0] != ".":
+            others.append(path.name)
     if not images:
         raise DataError(f"{folder} has no images in it (folders inside it are not searched)")
     if others:
@@ -127,62 +130,54 @@ def imresize(image, factor):
     return x.numpy()
 
 
-def pair(hr, scale):
-    """(lr, hr) of a picture. hr is cropped at the bottom and right to multiples of s, lr is hr resized."""
-    hr = np.ascontiguousarray(hr[:hr.shape[0] // scale * scale, :hr.shape[1] // scale * scale])
-    return imresize(hr, 1 / scale), hr
-
-
 def read_pair(path, scale, least=1, cache=None):
-    """(lr, hr) of an HR file, as `pair` makes them; by way of a folder `cache` if one is given, see `mapped`.
-    DataError where a side of lr has less than `least` pixels."""
-    lr, hr = mapped(path, scale, cache) if cache else pair(read_image(path), scale)
+    """(lr, hr) of an HR file: hr is cropped at the bottom and right to multiples of s, lr is hr resized.
+    cache: a folder for two .npy files, which are made the first time, and mapped later: a set may be larger
+    than memory. Their name tells the picture's path, size and times, and s. Damaged ones are made anew.
+    DataError where a side of lr has less than `least` pixels. OSError where the disk is full."""
+    files = []
+    if cache:
+        about = path.stat()
+        times = (about.st_mtime_ns, about.st_ctime_ns)  # of the content; of the inode (on Windows: created)
+        key = repr((str(path.resolve()), about.st_size, times, scale))
+        name = hashlib.sha256(key.encode()).hexdigest()[:24]
+        files = [Path(cache, f"{name}_{part}.npy") for part in ("lr", "hr")]
+    try:
+        lr, hr = [np.lib.format.open_memmap(file, mode="r") for file in files]
+    except (OSError, ValueError):  # no cache, no file, or no whole .npy file
+        hr = read_image(path)
+        hr = np.ascontiguousarray(hr[:hr.shape[0] // scale * scale, :hr.shape[1] // scale * scale])
+        lr = imresize(hr, 1 / scale)
+        for file, image in zip(files, (lr, hr)):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with models.replacing(file) as f:
+                np.save(f, image)
     h, w = lr.shape[:2]
     if min(h, w) < least:
         raise DataError(f"{path} is too small: its LR is {w}x{h}, and {least}x{least} or more is needed")
     return lr, hr
 
 
-def mapped(path, scale, cache):
-    """(lr, hr) as arrays that are mapped from a file in the folder `cache`: a set may be larger than memory.
-    The file is made the first time: height and width of lr, int32, and the pixels of lr and hr. Its name is
-    made of the picture's place, size and time, and s. OSError, naming the folder, where the disk is full."""
-    about = path.stat()
-    key = repr((str(path.resolve()), about.st_size, about.st_mtime_ns, scale))
-    file = Path(cache, hashlib.sha256(key.encode()).hexdigest()[:24] + ".rgb")
-    if not file.exists():
-        lr, hr = pair(read_image(path), scale)
-        own = file.with_suffix(f".{os.getpid()}")  # another process may decode the same picture
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            own.write_bytes(np.array(lr.shape[:2], np.int32).tobytes() + lr.tobytes() + hr.tobytes())
-            if not file.exists():
-                os.replace(own, file)
-        except OSError as e:
-            raise OSError(e.errno, e.strerror, f"the cache {cache}") from None
-        finally:
-            own.unlink(missing_ok=True)
-    content = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8).numpy()
-    h, w = content[:8].view(np.int32)
-    lr, hr = np.split(content[8:], [3 * h * w])
-    return lr.reshape(h, w, 3), hr.reshape(scale * h, scale * w, 3)
+def read_all(paths, scale, least=1):
+    """[(path, lr, hr)] by `read_pair`. One DataError names all that cannot be used."""
+    return for_each(paths, lambda path: (path, *read_pair(path, scale, least)))
 
 
-def read_all(paths, scale, least=1, cache=None):
-    """[(path, lr, hr)] by `read_pair`, four at a time. One DataError names all that cannot be used."""
-    pictures, errors = [], []
+def for_each(paths, function):
+    """[function(path)], four at a time. One DataError names all pictures that cannot be used."""
+    found, errors = [], []
     with ThreadPoolExecutor(4) as pool:
-        tasks = [pool.submit(read_pair, path, scale, least, cache) for path in paths]
+        tasks = [pool.submit(function, path) for path in paths]
         try:
-            for path, task in zip(tqdm(paths, "reading", delay=2, leave=False, ncols=80), tasks):
+            for task in tqdm(tasks, "reading", delay=2, leave=False, ncols=80):
                 try:
-                    pictures.append((path, *task.result()))
+                    found.append(task.result())
                 except DataError as e:
                     errors.append(str(e))
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C, or where the disk is full
     refuse(errors, len(paths))
-    return pictures
+    return found
 
 
 def refuse(errors, total):
@@ -194,7 +189,8 @@ def refuse(errors, total):
 
 
 def seed_of(seed, step, draws=0):
-    """The seed of a step's draws: 0 for its patches, 1 + rank for z, F and drop-path of a process."""
+    """The seed of a step's draws: 0 for its patches, 1 + rank for z, F and drop-path of a process.
+    torch's generator for the CPU keeps 32 bits of it, so steps far apart may draw alike."""
     return 1000 * (1_000_003 * seed + step) + draws  # room for 999 processes and a million steps
 
 
@@ -203,26 +199,29 @@ class Patches:
     They are a function of (seed, step). Every image is equally likely, then every position in it, and then
     each of the eight ways to turn or mirror it. Each of `world` processes draws all, and gets its part."""
 
-    def __init__(self, pictures, patch, scale, batch, seed, device="cpu", rank=0, world=1):
-        """pictures: [(path, lr, hr)], lr at least p = patch pixels a side."""
-        self.pictures, self.patch, self.scale, self.batch, self.seed = pictures, patch, scale, batch, seed
+    def __init__(self, paths, patch, scale, batch, seed, cache, device="cpu", rank=0, world=1):
+        """paths: of HR. patch: p. cache: the folder of decoded pictures. DataError as of `read_all`."""
+        self.paths, self.patch, self.scale, self.batch, self.seed = paths, patch, scale, batch, seed
         self.device = torch.device(device)
         self.part = range(rank * batch // world, (rank + 1) * batch // world)
+        read = functools.partial(read_pair, scale=scale, least=patch, cache=cache)
+        for_each(paths, lambda path: read(path)[0].shape)  # each is decoded once, and closed again
+        self.read = functools.lru_cache(50)(read)  # each takes two file descriptors, of which macOS gives 256
 
     def __getitem__(self, step):
         draw = torch.Generator().manual_seed(seed_of(self.seed, step))
-        images = torch.randint(len(self.pictures), (self.batch,), generator=draw)
-        places = torch.rand(self.batch, 2, dtype=torch.float64, generator=draw)  # float32 could round up to 1
+        images = torch.randint(len(self.paths), (self.batch,), generator=draw)
+        corners = torch.rand(self.batch, 2, dtype=torch.float64, generator=draw)  # float32 could round to 1
         turns = torch.randint(8, (self.batch,), generator=draw)
-        pairs = [self._cut(images[i], places[i], int(turns[i])) for i in self.part]
+        pairs = [self._cut(self.paths[images[i]], corners[i], int(turns[i])) for i in self.part]
         return [self._to_device(np.stack(patches)) for patches in zip(*pairs)]
 
-    def _cut(self, image, place, turn):
-        """The patches at a place of an image, lr (p,p,3) and hr (s·p,s·p,3), turned alike."""
-        _, lr, hr = self.pictures[image]
+    def _cut(self, path, corner, turn):
+        """The patches of an image, lr (p,p,3) and hr (s·p,s·p,3), turned alike. corner: (2,) in [0,1)."""
+        lr, hr = self.read(path)
         p, s = self.patch, self.scale
-        top = int(place[0] * (lr.shape[0] - p + 1))
-        left = int(place[1] * (lr.shape[1] - p + 1))
+        top = int(corner[0] * (lr.shape[0] - p + 1))
+        left = int(corner[1] * (lr.shape[1] - p + 1))
         lr = np.rot90(lr[top:top + p, left:left + p], turn % 4)
         hr = np.rot90(hr[s * top:s * (top + p), s * left:s * (left + p)], turn % 4)
         return (lr, hr) if turn < 4 else (lr[::-1], hr[::-1])

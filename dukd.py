@@ -5,22 +5,16 @@ are made out of them. Only the teacher can label a new input. The paper's loss, 
 
     L = L_rec + λ_kd·L_kd + λ_dukd·L_dukd
 
-`losses` computes each term. It trains in train.py, and it is the function to copy:
-
-    rec            |f_S(I_LR) − I_HR|             L_rec: learn the ground truth
-    kd             |f_S(I_LR) − f_T(I_LR)|        L_kd: learn the teacher's answer
-    zoom_in        |F⁻¹(f_S(F(z))) − f_T(z)|      L_dukd, zoom in: z is a crop of I_HR, as large as I_LR
-    zoom_out       |f_S(z) − f_T(z)|              L_dukd, zoom out: z is I_LR, bicubically reduced by s again
-    zoom_out_rec   |f_S(z) − I_LR|                L_dukd: the ground truth of that z is I_LR
-    fitnet, at, fakd                              compare feature maps inside the two networks
+`losses` computes each term of it. It trains in train.py, and it is the function to copy. L_rec is the term
+rec, L_kd is kd, L_dukd is zoom_in + zoom_out + zoom_out_rec: see TERMS.
 
 F is an invertible augmentation: it flips, transposes, inverts colours. In zoom-in, the student sees F(z)
 and the teacher z. F⁻¹ undoes F on the student's output. So the student must answer alike for every F.
 zoom_out_rec is in the paper's text, not in its equation.
 
-Shapes: N samples, C = 3 colours, h×w the LR patch, s the scale. Pictures are floats in [0,1]. |·| is the mean
-absolute error. To copy: the file, which needs torch only. Or parts of it: `zoom_in`, `InvertibleAugmentation`
-and the feature losses stand alone; `zoom_out` needs `bicubic_neighbours` and `bicubic_matrix`; `losses`, all.
+Shapes: N samples, C colours, h×w the LR patch, s the scale. Pictures are floats in [0,1]. |·| is the mean
+absolute error. To copy: the whole file, which needs torch alone. Or parts of it: `zoom_in`, each feature loss
+and `InvertibleAugmentation` need nothing else of it; `zoom_out` needs the two bicubic functions.
 """
 import functools
 import math
@@ -28,7 +22,15 @@ import math
 import torch
 import torch.nn.functional as nnf
 
-TERMS = ("rec", "kd", "zoom_in", "zoom_out", "zoom_out_rec", "fitnet", "at", "fakd")
+TERMS = dict(
+    rec="|f_S(I_LR) - I_HR|: learn the ground truth",
+    kd="|f_S(I_LR) - f_T(I_LR)|: learn the teacher's answer",
+    zoom_in="|F^-1(f_S(F(z))) - f_T(z)|: z is a crop of I_HR, as large as I_LR",
+    zoom_out="|f_S(z) - f_T(z)|: z is I_LR, bicubically reduced by s again",
+    zoom_out_rec="|f_S(z) - I_LR|: the ground truth of that z is I_LR",
+    fitnet="channel means of four feature maps",
+    at="attention maps of the four",
+    fakd="spatial affinities of the four")
 
 # A method is the weight of each term. λ_dukd is the weight of zoom_in, zoom_out and zoom_out_rec alike.
 METHODS = {
@@ -62,62 +64,53 @@ def zoom_in(hr, size, generator=None):
 
 
 def zoom_out(lr, scale):
-    """z of zoom-out: the LR patches reduced by s once more, with MATLAB's bicubic. Autocast is off here.
+    """z of zoom-out: the LR patches reduced by s once more, with MATLAB's bicubic.
     lr: I_LR (N,C,h,w). Returns z (N,C,h/s,w/s), neither rounded nor clipped. Its ground truth is I_LR.
     ValueError where h or w is no multiple of s, since f_S(z) would not cover I_LR then."""
     h, w = lr.shape[-2:]
     if h % scale or w % scale:
         raise ValueError(f"zoom-out needs patches of a multiple of the scale {scale}, not {h}x{w}")
-    reduce_rows = bicubic_matrix(h, 1 / scale, lr.dtype, lr.device)  # (h/s,h)
-    reduce_columns = bicubic_matrix(w, 1 / scale, lr.dtype, lr.device)  # (w/s,w)
-    with torch.autocast(lr.device.type, enabled=False):
-        return reduce_rows @ lr @ reduce_columns.T
-
-
-def bicubic_neighbours(n, factor):
-    """MATLAB's bicubic of n samples in a row: sample j of the result is Σ_i weights[j,i]·x[index[j,i]].
-    When reducing, the cubic kernel (a = −1/2) is stretched by 1/factor, against aliasing. With x and the
-    result counted from 1, sample j is centred at u = j/factor + ½(1 − 1/factor). x is mirrored at its edges.
-    Returns index (m,k) int64, counted from 0, and weights (m,k) float64: m = ⌈n·factor⌉ samples, k neighbours
-    of each."""
-    stretch = min(factor, 1.0)
-    width = 4 / stretch  # of the kernel
-    m = math.ceil(n * factor - 1e-9)  # 50·1.1 must not round up
-    u = torch.arange(1, m + 1, dtype=torch.float64) / factor + 0.5 * (1 - 1 / factor)
-    first = torch.floor(u - width / 2)[:, None]
-    place = first + torch.arange(math.ceil(width) + 2)  # (m,k)
-    d = ((u[:, None] - place) * stretch).abs()
-    near = 1.5 * d ** 3 - 2.5 * d ** 2 + 1
-    far = -0.5 * d ** 3 + 2.5 * d ** 2 - 4 * d + 2
-    weights = torch.where(d <= 1, near, torch.where(d <= 2, far, 0.0))
-    weights = weights / weights.sum(1, keepdim=True)
-    index = (place.long() - 1) % (2 * n)  # x and its mirror image take turns
-    return torch.where(index < n, index, 2 * n - 1 - index), weights
-
-
-@functools.cache  # so a training step computes no filter, and copies none to a GPU
-@torch.inference_mode(False)  # what is kept must also serve where gradients are computed
-def bicubic_matrix(n, factor, dtype, device):
-    """`bicubic_neighbours` as a matrix (m,n): resized = matrix @ x."""
-    index, weights = bicubic_neighbours(n, factor)
-    here = index[:, :, None] == torch.arange(n)  # (m,k,n)
-    return (weights[:, :, None] * here).sum(1).to(dtype).to(device)
+    return bicubic_resize(lr, 1 / scale)
 
 
 def bicubic_resize(x, factor, dims=(-2, -1)):
     """MATLAB's `imresize(x, factor, 'bicubic')` of float pictures along `dims`, one after the other.
     Size n becomes ⌈n·factor⌉. Differentiable; no rounding, no clipping. Neighbours are added one by one, in
-    MATLAB's order, so that float64 rounds as MATLAB does. (Small patches: `zoom_out` is faster.)"""
+    MATLAB's order, so that float64 rounds as MATLAB does."""
     for dim in dims:
-        index, weights = bicubic_neighbours(x.shape[dim], factor)
-        index, weights = index.to(x.device), weights.to(x.dtype).to(x.device)
+        index, weights = bicubic_neighbours(x.shape[dim], factor, x.dtype, x.device)
         column = [1] * x.dim()  # the weights of a neighbour as a column along dim
-        column[dim] = len(weights)
+        column[dim] = -1
         resized = 0
-        for i, weight in zip(index.T, weights.T):
+        for i, weight in zip(index, weights):
             resized = resized + weight.view(column) * x.index_select(dim, i)
         x = resized
     return x
+
+
+@functools.cache  # a training step computes no weights, and copies none to a GPU
+@torch.inference_mode(False)  # what is kept must also serve where gradients are computed
+def bicubic_neighbours(n, factor, dtype, device):
+    """MATLAB's bicubic of n samples in a row: sample j of the result is Σ_i weights[i,j]·x[index[i,j]].
+    When reducing, the cubic kernel (a = −1/2) is stretched by 1/factor, against aliasing. With x and the
+    result counted from 1, sample j is centred at u = j/factor + ½(1 − 1/factor). x is mirrored at its edges.
+    At factor ½, amid a long row, the weights are (−3, −9, 29, 111, 111, 29, −9, −3)/256, and zeros.
+    Returns index (k,m) int64, counted from 0, and weights (k,m): k neighbours of each of m = ⌈n·factor⌉
+    samples. They are computed in float64, on the CPU."""
+    stretch = min(factor, 1.0)
+    width = 4 / stretch  # of the kernel
+    m = math.ceil(n * factor - 1e-9)  # 50·1.1 must not round up
+    u = torch.arange(1, m + 1, dtype=torch.float64) / factor + 0.5 * (1 - 1 / factor)  # (m,)
+    first = torch.floor(u - width / 2)
+    position = first + torch.arange(math.ceil(width) + 2)[:, None]  # (k,m)
+    d = ((u - position) * stretch).abs()
+    near = 1.5 * d ** 3 - 2.5 * d ** 2 + 1
+    far = -0.5 * d ** 3 + 2.5 * d ** 2 - 4 * d + 2
+    weights = torch.where(d <= 1, near, torch.where(d <= 2, far, 0.0))
+    weights = weights / weights.sum(0)
+    index = (position.long() - 1) % (2 * n)  # x, then x mirrored, then x again, …
+    index = torch.where(index < n, index, 2 * n - 1 - index)
+    return index.to(device), weights.to(dtype).to(device)
 
 
 class InvertibleAugmentation:
@@ -171,53 +164,59 @@ class InvertibleAugmentation:
         return torch.where(mask.view(-1, 1, 1, 1).to(x.device), changed, x)
 
 
-# The feature losses take the student's feature map (N,c_S,h,w) and the teacher's (N,c_T,h,w). The widths may
-# differ. The student's map carries the gradient, the teacher's carries none. They compute in float32.
-def fitnet_loss(student, teacher):
+# The feature losses compare a feature map of the student, m_S (N,c_S,h,w), with one of the teacher's, m_T
+# (N,c_T,h,w). The widths c may differ. m_S gets the gradient, m_T gets none. They compute in float32.
+def fitnet_loss(m_s, m_t):
     """After FitNet (Romero et al., ICLR 2015): |g_S − g_T| of the channel means g (N,h,w). The original
-    compares through a learned layer; means need none, of whatever widths."""
-    return nnf.l1_loss(student.float().mean(1), teacher.detach().float().mean(1))
+    compares through a learned layer. Means need none, whatever the widths."""
+    return nnf.l1_loss(m_s.float().mean(1), m_t.detach().float().mean(1))
 
 
-def at_loss(student, teacher):
+def at_loss(m_s, m_t):
     """Attention transfer (Zagoruyko & Komodakis, ICLR 2017): ‖q_S − q_T‖², averaged over the samples.
-    q (N,h·w) is the attention map Σ_c f_c², L2-normalised. The square is summed over positions."""
-    def attention(f):
-        return nnf.normalize(f.float().square().sum(1).flatten(1), dim=1)
-    return (attention(student) - attention(teacher.detach())).square().sum(1).mean()
+    q (N,h·w) is the attention map Σ_c m_c², L2-normalised. The square is summed over positions."""
+    def attention(m):
+        return nnf.normalize(m.float().square().sum(1).flatten(1), dim=1)
+    return (attention(m_s) - attention(m_t.detach())).square().sum(1).mean()
 
 
-def fakd_loss(student, teacher):
+def fakd_loss(m_s, m_t):
     """FAKD (He et al., ICIP 2020): |A_S − A_T| of the spatial affinities A (N,h·w,h·w).
     A holds the cosine similarity of the feature vectors at two positions: 340 MB for 16 maps of 48×48."""
-    def affinity(f):
-        f = nnf.normalize(f.float().flatten(2), dim=1)
-        return f.transpose(1, 2) @ f
-    with torch.autocast(student.device.type, enabled=False):
-        return nnf.l1_loss(affinity(student), affinity(teacher.detach()))
+    def affinity(m):
+        m = nnf.normalize(m.float().flatten(2), dim=1)
+        return m.transpose(1, 2) @ m
+    with torch.autocast(m_s.device.type, enabled=False):
+        return nnf.l1_loss(affinity(m_s), affinity(m_t.detach()))
 
 
 def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentation.OPERATIONS, p=0.3,
            augment_zoom_out=False, taps=(), generator=None):
     """The terms of L for a batch of training pairs: {term: scalar}, not yet weighted.
-        terms = losses(f_S, f_T, lr, hr, METHODS["dukd"])
-        L = sum(METHODS["dukd"][name] * term for name, term in terms.items())
-    student, teacher: f_S and f_T, (N,3,h,w) → (N,3,s·h,s·w), in [0,1]. Only f_S gets gradients. Put f_T into
-      eval mode; None if no term needs it. Wrap a network that works in another range, as in
-      [−1,1]: lambda x: net(2 * x - 1) / 2 + 0.5. L1 grows with the range: 255 times as large in [0,255].
-    lr: I_LR (N,3,h,w). hr: I_HR (N,3,s·h,s·w). For zoom-out, h and w are multiples of s.
+        weights = METHODS["dukd"]
+        terms = losses(student, teacher, lr, hr, weights)
+        sum(weights[name] * term for name, term in terms.items()).backward()
+    student, teacher: f_S and f_T, (N,C,h,w) → (N,C,s·h,s·w). Only f_S gets gradients. teacher.eval() comes
+      first: in training mode a BatchNorm would change. None is a teacher, too, where no term needs it.
+    lr: I_LR (N,C,h,w). hr: I_HR (N,C,s·h,s·w). For zoom-out, h and w are multiples of s.
+      All pictures are in [0,1]. Wrap a network of another range: lambda x: net(255 * x) / 255 for [0,255],
+      lambda x: net(2 * x - 1) / 2 + 0.5 for [−1,1].
     weights: {term: λ}, as in METHODS. What has no weight, or 0, is not computed.
-    crops: zoom-in crops of each HR patch. ops, p: F, see `InvertibleAugmentation`; p = 0 leaves it out.
-      Patches that are not square are not transposed. augment_zoom_out: F acts on zoom-out, too.
-    taps: for fitnet, at and fakd, pairs (module of f_S, module of f_T): their outputs for I_LR are compared.
-      An output that the next module overwrites (ReLU(inplace=True)) is seen as overwritten.
-    generator: for z and F; on lr's device. Autocast is the caller's. ValueError for what does not fit."""
+    crops: zoom-in crops of each HR patch. ops, p: F, see `InvertibleAugmentation`. p = 0.3 is the released
+      code's, 0 leaves F out. Patches that are not square are not transposed. augment_zoom_out: F on both z.
+    taps: for fitnet, at and fakd, pairs of modules whose outputs for I_LR are compared, as in
+      taps=[(student.body[1], teacher.body[3])]. If the next module overwrites an output, as
+      ReLU(inplace=True) does, the overwritten one is compared.
+    generator: for z and F; on lr's device. Autocast is the caller's. ValueError for what does not fit.
+    Inputs of one size share a forward, which takes the memory of both. A BatchNorm sees them mixed."""
     on = {term for term, weight in weights.items() if weight}
     feature_terms = on & {"fitnet", "at", "fakd"}
     if unknown := weights.keys() - {*TERMS}:
         raise ValueError(f"unknown term '{min(unknown)}'; known: {', '.join(TERMS)}")
     if teacher is None and on - {"rec", "zoom_out_rec"}:
         raise ValueError(f"{min(on - {'rec', 'zoom_out_rec'})} needs a teacher")
+    if getattr(teacher, "training", False):
+        raise ValueError("the teacher is in training mode: call teacher.eval() first")
     if feature_terms and not taps:
         raise ValueError(f"{min(feature_terms)} needs taps, pairs of modules whose outputs are compared")
     n, c, h, w = lr.shape
@@ -233,12 +232,12 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
     if "kd" in on or feature_terms:
         to_teacher["lr"] = lr
     if "zoom_in" in on:
-        z_in = zoom_in(hr.repeat_interleave(crops, dim=0), (h, w), generator)  # (N·crops,3,h,w)
+        z_in = zoom_in(hr.repeat_interleave(crops, dim=0), (h, w), generator)  # (N·crops,C,h,w)
         F_in = InvertibleAugmentation.sample(n * crops, ops, p, generator, lr.device)
         to_student["z_in"] = F_in.apply(z_in)
         to_teacher["z_in"] = z_in
     if "zoom_out" in on or "zoom_out_rec" in on:
-        z_out = zoom_out(lr, scale)  # (N,3,h/s,w/s)
+        z_out = zoom_out(lr, scale)  # (N,C,h/s,w/s)
         F_out = InvertibleAugmentation.sample(n, ops if augment_zoom_out else (), p, generator, lr.device)
         to_student["z_out"] = F_out.apply(z_out)
     if "zoom_out" in on:
@@ -246,44 +245,45 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
 
     taps = taps if feature_terms else ()
     with torch.no_grad():
-        t, t_maps = forward(teacher, to_teacher, [module for _, module in taps])
-    s, s_maps = forward(student, to_student, [module for module, _ in taps])
+        f_t, maps_t = forward(teacher, scale, to_teacher, [module for _, module in taps])
+    f_s, maps_s = forward(student, scale, to_student, [module for module, _ in taps])
 
     terms = {}
     if "rec" in on:
-        terms["rec"] = nnf.l1_loss(s["lr"], hr)
+        terms["rec"] = nnf.l1_loss(f_s["lr"], hr)
     if "kd" in on:
-        terms["kd"] = nnf.l1_loss(s["lr"], t["lr"])
+        terms["kd"] = nnf.l1_loss(f_s["lr"], f_t["lr"])
     if "zoom_in" in on:
-        terms["zoom_in"] = nnf.l1_loss(F_in.invert(s["z_in"]), t["z_in"])
+        terms["zoom_in"] = nnf.l1_loss(F_in.invert(f_s["z_in"]), f_t["z_in"])
     if "zoom_out" in on:
-        terms["zoom_out"] = nnf.l1_loss(F_out.invert(s["z_out"]), t["z_out"])
+        terms["zoom_out"] = nnf.l1_loss(F_out.invert(f_s["z_out"]), f_t["z_out"])
     if "zoom_out_rec" in on:
-        terms["zoom_out_rec"] = nnf.l1_loss(F_out.invert(s["z_out"]), lr)
+        terms["zoom_out_rec"] = nnf.l1_loss(F_out.invert(f_s["z_out"]), lr)
     if "fitnet" in on:
-        terms["fitnet"] = sum_over_taps(fitnet_loss, s_maps["lr"], t_maps["lr"])
+        terms["fitnet"] = sum_over_taps(fitnet_loss, maps_s["lr"], maps_t["lr"])
     if "at" in on:
-        terms["at"] = sum_over_taps(at_loss, s_maps["lr"], t_maps["lr"])
+        terms["at"] = sum_over_taps(at_loss, maps_s["lr"], maps_t["lr"])
     if "fakd" in on:
-        terms["fakd"] = sum_over_taps(fakd_loss, s_maps["lr"], t_maps["lr"])
+        terms["fakd"] = sum_over_taps(fakd_loss, maps_s["lr"], maps_t["lr"])
     return terms
 
 
-def sum_over_taps(distance, s_maps, t_maps):
+def sum_over_taps(distance, maps_s, maps_t):
     """The sum of a feature loss over pairs of feature maps. ValueError where their sizes differ."""
     total = 0
-    for s_map, t_map in zip(s_maps, t_maps):
-        if s_map.shape[-2:] != t_map.shape[-2:]:
-            sizes = [f"{x.shape[-2]}x{x.shape[-1]}" for x in (s_map, t_map)]
+    for m_s, m_t in zip(maps_s, maps_t):
+        if m_s.shape[-2:] != m_t.shape[-2:]:
+            sizes = [f"{m.shape[-2]}x{m.shape[-1]}" for m in (m_s, m_t)]
             raise ValueError(f"feature maps of {sizes[0]} (student) and {sizes[1]} (teacher) cannot be "
                              "compared. SwinIR pads to a multiple of its window (8): take such patches")
-        total = total + distance(s_map, t_map)
+        total = total + distance(m_s, m_t)
     return total
 
 
-def forward(net, inputs, taps=()):
-    """What a network makes of inputs {name: x}: its outputs {name: y}, float32, and what its modules `taps`
-    return, {name: [map of each tap]}. Inputs of one size share a forward."""
+def forward(net, scale, inputs, taps=()):
+    """What a network makes of inputs {name: x (N,C,h,w)}: its outputs {name: y (N,C,s·h,s·w)}, float32, and
+    what its modules `taps` return, {name: [map of each tap]}. Inputs of one size share a forward.
+    ValueError for an output of another shape, which the losses might broadcast."""
     outputs, maps, caught = {}, {}, {}
 
     def catch(module, args, output):
@@ -293,8 +293,13 @@ def forward(net, inputs, taps=()):
         for shape in dict.fromkeys(x.shape[1:] for x in inputs.values()):
             names = [name for name, x in inputs.items() if x.shape[1:] == shape]
             sizes = [len(inputs[name]) for name in names]
-            y = net(torch.cat([inputs[name] for name in names])).float()
-            outputs.update(zip(names, y.split(sizes)))
+            x = torch.cat([inputs[name] for name in names])
+            y = net(x)
+            n, c, h, w = x.shape
+            if getattr(y, "shape", None) != (n, c, scale * h, scale * w):
+                found = tuple(y.shape) if torch.is_tensor(y) else f"a {type(y).__name__}"
+                raise ValueError(f"a network makes {found} of {tuple(x.shape)}, and x{scale} is needed")
+            outputs.update(zip(names, y.float().split(sizes)))
             for i, name in enumerate(names):
                 maps[name] = [caught[module].split(sizes)[i] for module in taps]
     finally:

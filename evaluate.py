@@ -32,6 +32,8 @@ from tqdm import tqdm
 import data
 import models
 
+TILE = 256  # LR pixels a side of a tile's core, where a large picture is computed in tiles
+
 
 def luma(rgb):
     """Y of MATLAB's rgb2ycbcr: uint8 (H,W,3) to float64 (H,W) in 16–235, not rounded."""
@@ -120,7 +122,7 @@ def mean_of_eight(f, x):
 
 
 # A maker is a function of a picture's path and its LR, uint8 (h,w,3). It returns SR, uint8 (s·h,s·w,3).
-def upscaler(network, tile=512, self_ensemble=False):
+def upscaler(network, tile=0, self_ensemble=False):
     """The maker that runs a network, on the device of its parameters. tile: as in `upscale`."""
     def make(path, lr):
         x = to_tensor(lr, next(network.parameters()).device)
@@ -158,24 +160,21 @@ def reader(place, scale, names):
     return make
 
 
-def mean_psnr(make, pictures, border, label):
-    """The mean of `psnr_y` over pictures [(path, lr, hr)]. make: a maker; label: its name in the bar."""
-    bar = tqdm(pictures, desc=f"held-out pictures, {label}", delay=1, leave=False, ncols=80)
-    return float(np.mean([psnr_y(make(path, lr), hr, border) for path, lr, hr in bar]))
-
-
-def score(make, pictures, scale, published):
-    """The mean PSNR and SSIM over pictures [(path, lr, hr)], and those of each picture.
-    published: score `published_bicubic`, not what `make` makes."""
+def score(make, pictures, scale, label, published=False, ssim=True):
+    """The mean PSNR and SSIM over pictures [(path, lr, hr)], and those of each picture. label: of the bar.
+    published: score `published_bicubic`, not what `make` makes. ssim: compute it, which takes longest."""
     images = {}
-    for path, lr, hr in tqdm(pictures, leave=False, ncols=80):
-        pair = published_bicubic(path, hr, scale) if published else (make(path, lr), hr)
-        images[path.stem] = dict(psnr=psnr_y(*pair, scale), ssim=ssim_y(*pair, scale))
-    mean = {key: float(np.mean([one[key] for one in images.values()])) for key in ("psnr", "ssim")}
+    for path, lr, hr in tqdm(pictures, label, delay=1, leave=False, ncols=80):
+        two = published_bicubic(path, hr, scale) if published else (make(path, lr), hr)
+        images[path.stem] = dict(psnr=psnr_y(*two, scale))
+        if ssim:
+            images[path.stem]["ssim"] = ssim_y(*two, scale)
+    kinds = ("psnr", "ssim") if ssim else ("psnr",)
+    mean = {kind: float(np.mean([one[kind] for one in images.values()])) for kind in kinds}
     return mean | dict(images=images)
 
 
-def evaluate(rows, networks, sets, against, about, options):
+def print_table(rows, networks, sets, against, about, options):
     """Prints the table of all rows on all sets. Writes --figure, and --json with each picture's scores.
     rows: {label: maker}; networks: {label: network}; sets: {place: paths of HR}; against: a maker whose
     pictures replace HR, or None. JSON has no infinity: the PSNR of equal pictures is null there."""
@@ -191,7 +190,7 @@ def evaluate(rows, networks, sets, against, about, options):
     if against:
         versus = f", against {options.against}"
         for place, pictures in sets.items():
-            bar = tqdm(pictures, leave=False, ncols=80)
+            bar = tqdm(pictures, options.against, delay=1, leave=False, ncols=80)
             sets[place] = [(path, lr, against(path, lr)) for path, lr, _ in bar]
     heads = {place: f"{place} ({len(pictures)}) PSNR/SSIM{versus}" for place, pictures in sets.items()}
     width = max(map(len, ["model", *rows]))
@@ -203,23 +202,13 @@ def evaluate(rows, networks, sets, against, about, options):
             madds = f"{count / 1e9:.1f} G" if count else "?"
             size = f"{models.parameters(networks[label]) / 1e6:.2f} M"
         published = label == "bicubic" and not against
-        scores = results[label] = {place: score(make, sets[place], s, published) for place in sets}
-        cells = [f"{r['psnr']:.2f}/{r['ssim']:.4f}".rjust(len(heads[place])) for place, r in scores.items()]
+        results[label] = {place: score(make, sets[place], s, label, published) for place in sets}
+        cells = [f"{r['psnr']:.2f}/{r['ssim']:.4f}".rjust(len(heads[place]))
+                 for place, r in results[label].items()]
         print(label.ljust(width), size.rjust(7), madds.rjust(8), *cells, sep="  ")
     if options.json:
         text = json.dumps(about | dict(results=results), indent=1)
         Path(options.json).write_text(text.replace('"psnr": Infinity', '"psnr": null'))
-
-
-def provenance(command, device):
-    """What it takes to repeat a result: command, commit ("" outside a repository), device, versions, time."""
-    describe = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=12'
-    failed, commit = subprocess.getstatusoutput(describe)
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
-    return dict(command=command, git="" if failed else commit, device=str(device), device_name=name,
-                versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
-                threads=torch.get_num_threads(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
 
 def bench(networks, device, about, turns):
@@ -243,24 +232,12 @@ def bench(networks, device, about, turns):
         print(json.dumps(line | about))
 
 
-def peak_memory(device):
-    """The most GiB of a GPU that torch has held since the last reset. None on the CPU."""
-    return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 3) if device.type == "cuda" else None
-
-
-def keep_freed_memory():
-    """Has glibc keep freed memory. New memory costs time: the system fills it with zeros first."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap, too
-        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
-
-
 def figure(pictures, scale):
     """The same crop of each picture side by side, each with its label and Y-PSNR: uint8 (H,W,3).
     pictures: {label: uint8 (h,w,3)}, HR first, h and w multiples of s. The crop of 96 pixels a side lies
     where bicubic errs most, and is enlarged 3 times. Y-PSNR is the whole picture's, without a border of s."""
     hr = next(iter(pictures.values()))
-    error = (luma(data.imresize(data.pair(hr, scale)[0], scale)) - luma(hr)) ** 2
+    error = (luma(data.imresize(data.imresize(hr, 1 / scale), scale)) - luma(hr)) ** 2
     side = min(96, *hr.shape[:2])
     means = torch.nn.functional.avg_pool2d(torch.from_numpy(error)[None], side, stride=8)[0].numpy()
     top, left = 8 * np.array(np.unravel_index(means.argmax(), means.shape))
@@ -335,22 +312,6 @@ def write_picture(path, image, profile=None):
         file.write(content)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors in one line, and with underscores for hyphens in a flag."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        words = []
-        for word in sys.argv[1:] if args is None else args:
-            flag, equals, value = word.partition("=")
-            if flag.startswith("--"):
-                word = flag.replace("_", "-") + equals + value
-            words.append(word)
-        return super().parse_known_args(words, namespace)
-
-    def error(self, message):
-        self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
-
-
 def parse(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("models", nargs="*", metavar="MODEL", help="checkpoints, and the word bicubic")
@@ -362,13 +323,15 @@ def parse(argv):
     p.add_argument("--figure", metavar="FILE", help="write crops of the first picture: HR, and each row's")
     p.add_argument("--input", metavar="FILE|DIR", help="pictures to upscale")
     p.add_argument("--output", metavar="FILE|DIR", help="where the upscaled pictures are written")
-    p.add_argument("--tile", type=int, default=256, help="LR pixels a side of a tile's core; 0: none [256]")
+    p.add_argument("--tile", type=between(0, 10**6, int), metavar="N",
+                   help=f"LR pixels a side of a tile's core; 0: none [0, with --input {TILE}]")
     p.add_argument("--self-ensemble", action="store_true", help="mean over eight flips and transpositions")
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1, … [cuda where there is one]")
     p.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="[float32]")
-    p.add_argument("--bench", nargs="?", type=int, const=10, metavar="N", help="time networks, N turns [10]")
+    p.add_argument("--bench", nargs="?", type=between(1, 10**6, int), const=10, metavar="N",
+                   help="time networks, N turns [10]")
     o = p.parse_args(argv)
-    if not (o.models or o.sr) or not (o.data or o.input or o.output or o.bench is not None):
+    if not (o.models or o.sr) or not (o.data or o.input or o.output or o.bench):
         p.error("name models, and --data to score, --input and --output to upscale, or --bench")
     if bool(o.input) != bool(o.output):
         p.error(f"{'--output' if o.input else '--input'} is missing: pictures go from --input to --output")
@@ -378,11 +341,61 @@ def parse(argv):
         p.error("--input takes one model")
     if (o.sr or o.json or o.figure or o.against) and not o.data:
         p.error("--sr, --json, --figure and --against need --data")
-    if o.tile < 0:
-        p.error("--tile must be 0 or more")
-    if o.bench is not None and (o.bench < 1 or o.sr or o.self_ensemble or "bicubic" in o.models):
-        p.error("--bench takes networks alone (not bicubic, --sr or --self-ensemble), and 1 turn or more")
+    if o.bench and (o.sr or o.self_ensemble or "bicubic" in o.models):
+        p.error("--bench takes networks alone, not bicubic, --sr or --self-ensemble")
+    if o.tile is None:
+        o.tile = TILE if o.input else 0
     return o
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    with command_line(), torch.inference_mode():
+        options = parse(argv)
+        device = pick_device(options.device)
+        keep_freed_memory()
+        files = [name for name in (*options.models, options.against) if name not in (None, "bicubic")]
+        networks, makers = {file: models.load(file) for file in files}, {}
+        for name, network in networks.items():
+            network.to(device, memory_format=torch.channels_last)
+            makers[name] = upscaler(network, options.tile, options.self_ensemble)
+            options.scale = options.scale or network.scale
+            if network.scale != options.scale:
+                raise data.DataError(f"{name} is a x{network.scale} network, but x{options.scale} is wanted")
+        if not options.scale:
+            raise data.DataError("no checkpoint tells the scale: give --scale")
+        about = provenance(shlex.join(["python", "evaluate.py", *argv]), device)
+        about |= dict(scale=options.scale, precision=options.precision, self_ensemble=options.self_ensemble)
+        makers["bicubic"] = resizer(options.scale)
+        sets = {place: data.find_hr([place]) for place in options.data}
+        names = {path.stem for paths in sets.values() for path in paths}
+        rows = {name: makers[name] for name in options.models}
+        rows |= {place: reader(place, options.scale, names) for place in options.sr}
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            if options.bench:
+                bench({name: networks[name] for name in options.models}, device, about, options.bench)
+            if options.data:
+                print_table(rows, networks, sets, makers.get(options.against), about, options)
+            if options.input:
+                upscale_files(*rows.values(), options.input, options.output, options.scale)
+
+
+# The rest is what both programs need: the command line, the device, what is said of a run.
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in one line."""
+
+    def error(self, message):
+        self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
+
+
+def between(low, high, kind=float):
+    """An argparse type: a number from low to high."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"must lie between {low} and {high}, not {text}")
+        return kind(text)
+    number.__name__ = kind.__name__  # argparse names it where the text is no number
+    return number
 
 
 def pick_device(name=""):
@@ -395,6 +408,7 @@ def pick_device(name=""):
         torch.zeros(1, device=name).item()  # this fails for "meta", which holds no values
     except (RuntimeError, AssertionError, ValueError) as e:
         raise data.DataError(f"--device {name} is not usable here: {str(e).splitlines()[0]}") from None
+    torch.backends.cudnn.allow_tf32 = False  # on by default: convolutions of float32 would be rounded
     return torch.device(name)
 
 
@@ -425,36 +439,27 @@ def command_line(*kinds):
     raise SystemExit(2)
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    with command_line(), torch.inference_mode():
-        options = parse(argv)
-        device = pick_device(options.device)
-        keep_freed_memory()
-        names = [name for name in (*options.models, options.against) if name not in (None, "bicubic")]
-        networks, makers = {name: models.load(name) for name in names}, {}
-        for name, network in networks.items():
-            network.to(device, memory_format=torch.channels_last)
-            makers[name] = upscaler(network, options.tile, options.self_ensemble)
-            options.scale = options.scale or network.scale
-            if network.scale != options.scale:
-                raise data.DataError(f"{name} is a x{network.scale} network, but x{options.scale} is wanted")
-        if not options.scale:
-            raise data.DataError("no checkpoint tells the scale: give --scale")
-        about = provenance(shlex.join(["python", "evaluate.py", *argv]), device)
-        about |= dict(scale=options.scale, precision=options.precision, self_ensemble=options.self_ensemble)
-        makers["bicubic"] = resizer(options.scale)
-        sets = {place: data.find_hr([place]) for place in options.data}
-        names = {path.stem for paths in sets.values() for path in paths}
-        rows = {name: makers[name] for name in options.models}
-        rows |= {place: reader(place, options.scale, names) for place in options.sr}
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
-            if options.bench:
-                bench({name: networks[name] for name in options.models}, device, about, options.bench)
-            if options.data:
-                evaluate(rows, networks, sets, makers.get(options.against), about, options)
-            if options.input:
-                upscale_files(*rows.values(), options.input, options.output, options.scale)
+def provenance(command, device):
+    """What it takes to repeat a result: command, commit ("" outside a repository), device, versions, time."""
+    describe = f'git -C "{Path(__file__).parent}" describe --always --dirty --abbrev=12'
+    failed, commit = subprocess.getstatusoutput(describe)
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
+    return dict(command=command, git="" if failed else commit, device=str(device), device_name=name,
+                versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
+                threads=torch.get_num_threads(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+
+
+def peak_memory(device):
+    """The most GiB of a GPU that torch has held since the last reset. None on the CPU."""
+    return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 3) if device.type == "cuda" else None
+
+
+def keep_freed_memory():
+    """Has glibc keep freed memory. New memory costs time: the system fills it with zeros first."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap, too
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 if __name__ == "__main__":

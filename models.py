@@ -13,10 +13,12 @@ Parameter names are those of BasicSR (EDSR, RCAN) and of SwinIR's authors, so fi
 """
 import contextlib
 import copy
+import inspect
 import math
 import os
 import re
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,16 @@ class SRNetwork(nn.Module):
         mean = torch.tensor(config["mean"], dtype=torch.float32).view(1, 3, 1, 1)
         self.register_buffer("mean", mean, persistent=False)
 
+    def add_layers(self, channels, blocks):
+        """The layers of EDSR and RCAN. blocks: a generator of the body's, made after the first layer."""
+        self.conv_first = conv3x3(3, channels)
+        self.body = nn.Sequential(*blocks)
+        self.conv_after_body = conv3x3(channels, channels)
+        self.upsample = upsampler(channels, self.scale)
+        self.conv_last = conv3x3(channels, 3)
+        n = len(self.body)
+        self.taps = ["conv_first", f"body.{n // 3}", f"body.{2 * n // 3}", "conv_after_body"]
+
     def forward(self, x):
         x = self.conv_first((x - self.mean) * self.img_range)
         x = self.conv_after_body(self.body(x)) + x
@@ -115,12 +127,7 @@ class EDSR(SRNetwork):
             res_scale = 0.1 if blocks >= 32 else 1.0
         super().__init__(arch="edsr", scale=scale, channels=channels, blocks=blocks, res_scale=res_scale,
                          mean=list(mean), img_range=img_range)
-        self.conv_first = conv3x3(3, channels)
-        self.body = nn.Sequential(*[ResidualBlock(channels, res_scale) for _ in range(blocks)])
-        self.conv_after_body = conv3x3(channels, channels)
-        self.upsample = upsampler(channels, scale)
-        self.conv_last = conv3x3(channels, 3)
-        self.taps = ["conv_first", f"body.{blocks // 3}", f"body.{2 * blocks // 3}", "conv_after_body"]
+        self.add_layers(channels, (ResidualBlock(channels, res_scale) for _ in range(blocks)))
         self.receptive_radius = 2 * blocks + 4  # 2·blocks + 3 convolutions in LR, < 1 after
 
 
@@ -169,12 +176,7 @@ class RCAN(SRNetwork):
         reduction = min(reduction, channels)
         super().__init__(arch="rcan", scale=scale, channels=channels, blocks=blocks, groups=groups,
                          reduction=reduction, mean=list(mean), img_range=img_range)
-        self.conv_first = conv3x3(3, channels)
-        self.body = nn.Sequential(*[ResidualGroup(channels, blocks, reduction) for _ in range(groups)])
-        self.conv_after_body = conv3x3(channels, channels)
-        self.upsample = upsampler(channels, scale)
-        self.conv_last = conv3x3(channels, 3)
-        self.taps = ["conv_first", f"body.{groups // 3}", f"body.{2 * groups // 3}", "conv_after_body"]
+        self.add_layers(channels, (ResidualGroup(channels, blocks, reduction) for _ in range(groups)))
 
 
 def mirror(x, multiple):
@@ -345,7 +347,7 @@ NAMES_HELP = ("edsr, edsr_baseline, rcan, swinir, or any size: edsr_c64b32 (chan
               "(channels, Swin layers in all, six to a stage)")
 
 
-def parse(name, scale):
+def config_of(name, scale):
     """The config of a model name (NAMES_HELP). CheckpointError for an unknown one."""
     spelled = PRESETS.get(name, name)
     number = "([1-9][0-9]*)"
@@ -371,7 +373,7 @@ def from_config(config):
 
 def build(name, scale):
     """A freshly initialised network by name (NAMES_HELP) for ×scale. CheckpointError where there is none."""
-    return from_config(parse(name, scale))
+    return from_config(config_of(name, scale))
 
 
 def small(teacher):
@@ -379,7 +381,7 @@ def small(teacher):
     config = teacher.config
     if config["arch"] not in PAPER_STUDENTS:
         raise CheckpointError(f"'small' is not defined for a teacher of {config['arch']}. Name a student.")
-    paper = parse(PAPER_STUDENTS[config["arch"]], teacher.scale)
+    paper = config_of(PAPER_STUDENTS[config["arch"]], teacher.scale)
     with torch.device("meta"):
         if parameters(from_config(paper)) < parameters(teacher):
             return paper
@@ -414,17 +416,17 @@ def describe(config):
 def replacing(path):
     """Yields a binary file that takes the place of `path` once it is whole and on the disk.
     After an exception (OSError: the disk is full) the old file is as it was, and the new one is removed."""
-    temporary = Path(f"{path}.tmp")
+    own = Path(path).with_name(f".{os.getpid()}_{threading.get_ident()}.tmp")  # other writers have others
     try:
-        with open(temporary, "wb") as file:
+        with open(own, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(own, path)
     except OSError as e:  # a full disk's does not name the file
         raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)  # it exists only after an exception
+        own.unlink(missing_ok=True)  # it exists only after an exception
 
 
 def save(path, model, raw=None):
@@ -465,7 +467,8 @@ def unwrap(content, path):
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no state dict but a {type(content).__name__}")
     config = content.get("config")  # other codes store settings of their own under this name
-    if not isinstance(config, dict) or config.get("arch") not in [*ARCHITECTURES]:
+    ours = [{"arch", *inspect.signature(network).parameters} for network in ARCHITECTURES.values()]
+    if not isinstance(config, dict) or config.keys() not in ours:
         config = {}
     for key in ("state_dict", "model_state_dict", "model", "net", "params_ema", "params", "ema"):
         if isinstance(content.get(key), dict):
@@ -577,12 +580,19 @@ class Foreign(nn.Module):
 
 
 def from_spandrel(weights, path):
-    """The network of the package spandrel that the weights fit, or None. CheckpointError: a wrong kind."""
+    """The network of the package spandrel that the weights fit, or a text that says why there is none.
+    CheckpointError for a network of a wrong kind."""
+    try:
+        from spandrel import ModelLoader
+    except Exception as e:  # torchvision of another build than torch's raises what it likes
+        if isinstance(e, ModuleNotFoundError) and e.name == "spandrel":
+            return "For other networks: pip install spandrel"
+        return (f"The package spandrel fails to import ({e}). Often torch and torchvision come from two "
+                "sources, as PyPI and torch's CPU index: install both from one")
     for state in without_prefixes(weights):
         try:
-            from spandrel import ModelLoader
             found = ModelLoader(device="cpu").load_from_state_dict(state)
-        except Exception:  # spandrel is not installed, or raises one of many kinds for unknown weights
+        except Exception:  # it raises one of many kinds for unknown weights
             continue
         channels = (found.input_channels, found.output_channels)
         if found.purpose != "SR" or found.scale not in SCALES or channels != (3, 3):
@@ -590,11 +600,12 @@ def from_spandrel(weights, path):
             raise CheckpointError(f"{path} is {found.architecture.name}, for {kind}. A network for "
                                   "super-resolution of RGB x2, x3, x4 or x8 is needed")
         return Foreign(found).float()
-    return None
+    return "The package spandrel does not know it either"
 
 
 def load(path, **override):
-    """The network in a checkpoint file, in eval mode, float32, on the CPU. CheckpointError if it fits none.
+    """The network in a checkpoint file, in eval mode, float32, on the CPU. CheckpointError if it fits none,
+    or if a weight is NaN or infinite.
     Reads files of this project, of EDSR's, RCAN's and SwinIR's authors, of BasicSR, and .safetensors.
     Names and shapes tell the sizes. res_scale, mean and img_range are what the file says or, where it says
     nothing, the published ones. load(path, res_scale=1.0) overrides them."""
@@ -604,9 +615,10 @@ def load(path, **override):
         network = from_config(infer(state) | settings | stored | override)
         network.load_state_dict(state)
     except (LookupError, ArithmeticError, RuntimeError, TypeError, ValueError) as e:
-        network = None if override else from_spandrel(weights, path)
-        if network is None:
+        network = "" if override else from_spandrel(weights, path)
+        if isinstance(network, str):
             reason = textwrap.shorten(f"{e} is missing" if isinstance(e, KeyError) else str(e), 300)
-            raise CheckpointError(f"{path} is no EDSR, RCAN or SwinIR (for others: pip install spandrel). "
-                                  f"{reason}") from None
+            raise CheckpointError(f"{path} is no EDSR, RCAN or SwinIR: {reason}. {network}") from None
+    if not all(v.isfinite().all() for v in network.state_dict().values()):
+        raise CheckpointError(f"{path} has weights that are NaN or infinite")
     return network.eval()

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=2 train.py --teacher FILE --data DIR          one batch on two GPUs
     python train.py --resume runs/NAME                                      go on where a run stopped
 
-Read downward: settings, one step, the loop, what a checkpoint holds, set-up, speed.
+Read downward: settings, one step, the loop, what a run is and keeps, its set-up, its folder, speed on CUDA.
 """
 import argparse
 import contextlib
@@ -15,6 +15,7 @@ import datetime
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -35,34 +36,23 @@ import evaluate
 import models
 
 QUICK = dict(steps=1300, batch=2, patch=24, lr=1.4e-3, schedule="cosine")
-# Settings that may be given anew with --resume. The pictures' names and the teacher's weights must stay the
-# same: see `Run.identity`.
-MAY_CHANGE = {"resume", "out", "teacher", "data", "val", "cache", "device", "compile", "val_every"}
+MAY_CHANGE = {"resume", "teacher", "data", "val", "cache", "device", "compile", "val_every"}  # with --resume
 
 
 class ConfigError(ValueError):
     """A setting that cannot be used. The message says which, why, and what to do."""
 
 
-def between(low, high, kind=float):
-    """An argparse type: a number from low to high."""
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"must lie between {low} and {high}, not {text}")
-        return kind(text)
-    number.__name__ = kind.__name__  # argparse names it where the text is no number
-    return number
-
-
+between = evaluate.between
 WEIGHT, COUNT, SIZE = between(0, 1e6), between(1, 10**9, int), between(1, 10**4, int)
 OPERATIONS = list(dukd.InvertibleAugmentation.OPERATIONS)
 
 
 def parse(argv):
-    """The command line as argparse's namespace. Defaults come in layers, each over the one before: built in,
-    of --method, of --quick, of the run to --resume. What is typed comes last."""
+    """The command line as argparse's namespace. Defaults come in layers, each covers the earlier ones: built
+    in, of --method, of --quick, of the run to --resume. What is typed comes last."""
     first = evaluate.Parser(add_help=False, allow_abbrev=False)
-    g = first.add_argument_group("where the defaults come from")
+    g = first.add_argument_group("what sets the defaults of the others")
     g.add_argument("--method", choices=dukd.METHODS, default="dukd", help="weights of the loss, see below")
     g.add_argument("--quick", action="store_true", help="minutes on a CPU: 1300 steps of two small patches")
     g.add_argument("--resume", metavar="DIR", default="", help="go on with the run in this folder")
@@ -93,14 +83,9 @@ def parse(argv):
     g.add_argument("--seed", type=between(0, 10**6, int), default=0, help="of all draws [%(default)s]")
 
     g = p.add_argument_group("the loss: the weight λ of each term (0: off), and what the terms see")
-    g.add_argument("--lambda-rec", type=WEIGHT, help="|f_S(I_LR) - I_HR| [%(default)s]")
-    g.add_argument("--lambda-kd", type=WEIGHT, help="|f_S(I_LR) - f_T(I_LR)| [%(default)s]")
-    g.add_argument("--lambda-zoom-in", type=WEIGHT, help="teacher's labels of HR crops [%(default)s]")
-    g.add_argument("--lambda-zoom-out", type=WEIGHT, help="teacher's labels of reduced LR [%(default)s]")
-    g.add_argument("--lambda-zoom-out-rec", type=WEIGHT, help="I_LR as truth of reduced LR [%(default)s]")
-    g.add_argument("--lambda-fitnet", type=WEIGHT, help="means of four feature maps [%(default)s]")
-    g.add_argument("--lambda-at", type=WEIGHT, help="attention maps of the four [%(default)s]")
-    g.add_argument("--lambda-fakd", type=WEIGHT, help="spatial affinities of the four [%(default)s]")
+    for term, formula in dukd.TERMS.items():
+        g.add_argument(f"--lambda-{term.replace('_', '-')}", type=WEIGHT, help=f"{formula} [%(default)s]",
+                       default=float(dukd.METHODS[chosen.method].get(term, 0)))
     g.add_argument("--crops", type=SIZE, default=1, help="zoom-in crops of each HR patch [%(default)s]")
     g.add_argument("--p", type=between(0, 1), default=0.3, help="probability of each operation [%(default)s]")
     g.add_argument("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="operations of F [all]")
@@ -116,16 +101,20 @@ def parse(argv):
     g.add_argument("--val-every", metavar="STEPS", type=between(0, 10**9, int), default=0,
                    help="between validations [a tenth of the run, at most 5000]; one more at step 100")
 
-    for term in dukd.TERMS:
-        p.set_defaults(**{f"lambda_{term}": float(dukd.METHODS[chosen.method].get(term, 0))})
     if chosen.quick:
         p.set_defaults(**QUICK)
     if chosen.resume:
         saved = read_config(chosen.resume)["settings"]
         if saved.keys() != vars(p.parse_args([])).keys():
             raise ConfigError(f"{chosen.resume} is of another version of train.py: start a new run")
-        p.set_defaults(**saved | dict(out=chosen.resume))
-    return p.parse_args(argv)
+        p.set_defaults(**saved)
+    args = p.parse_args(argv)
+    typed = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    if chosen.resume and typed - MAY_CHANGE:
+        name = min(typed - MAY_CHANGE).replace("_", "-")
+        p.error(f"--{name} is not for --resume, a run keeps its own: start anew with "
+                f"--init {chosen.resume}/student.pt")
+    return args
 
 
 def equation(weights):
@@ -163,11 +152,20 @@ def average_over_processes(tensors, world):
 
 
 def train(args, command="python train.py"):
-    """One run, from settings to a student in its folder. Returns the Run.
-    ConfigError, DataError, CheckpointError or OSError where settings or files cannot be used."""
+    """One run, from settings to a student in its folder. Returns the Run, and the folder (None in all but the
+    first process of torchrun). ConfigError, DataError, CheckpointError or OSError where settings or files
+    cannot be used."""
     run = Run(args)
-    accelerate(run)
-    start(run, command)
+    pair = run.patches[run.step]
+    cost = try_step(run, pair)  # what cannot work ends here, before a folder is made
+    step = fast_step(run, pair)
+    out, bicubic = None, math.nan
+    if run.rank == 0:  # the first process speaks and writes for all
+        out = Path(args.resume) if args.resume else new_folder(args, run.scale)
+        write_config(run, out, command, cost)
+        begin_log(run, out)
+        bicubic = introduce(run, out, cost)
+
     window, began = [], time.perf_counter()  # the terms of each step since the last row of the log
     bar = tqdm(total=args.steps, initial=run.step, disable=run.rank > 0, ncols=80, mininterval=0.5,
                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
@@ -177,7 +175,7 @@ def train(args, command="python train.py"):
                 break
             lr, hr = run.patches[run.step]  # (N,3,h,w), (N,3,s·h,s·w)
             torch.manual_seed(data.seed_of(args.seed, run.step, 1 + run.rank))  # of z, F and drop-path
-            window.append(run.forward_backward(lr, hr))  # (k,)
+            window.append(step(lr, hr))  # (k,)
             if run.world > 1:
                 gradients = [w.grad for w in run.parameters if w.grad is not None]
                 average_over_processes([window[-1], *gradients], run.world)
@@ -195,23 +193,23 @@ def train(args, command="python train.py"):
                 continue
             means = torch.stack(window).mean(0).tolist()  # this waits for the GPU
             ms = 1000 * (time.perf_counter() - began) / len(window)
-            run.check_weights()
+            run.check_finite(means[-1])
             if run.rank == 0:
                 if validating:
-                    run.psnr = run.score(evaluate.upscaler(run.ema), "student")
-                run.write_row(means, validating, ms)
+                    run.psnr = run.score(evaluate.upscaler(run.ema, evaluate.TILE), "student")
+                run.write_row(out, means, validating, ms)
                 if validating:
-                    run.save()
+                    run.save(out)
                 psnr = "?" if math.isnan(run.psnr) else f"{run.psnr:.2f}"
-                bar.set_postfix_str(f"loss {means[-1]:.4f}, {psnr} dB (bicubic {run.bicubic:.2f})", False)
+                bar.set_postfix_str(f"loss {means[-1]:.4f}, {psnr} dB (bicubic {bicubic:.2f})", False)
             window, began = [], time.perf_counter()
     if run.rank == 0:
-        finish(run)
+        finish(run, out, bicubic)
     if run.world > 1:
         dist.destroy_process_group()
     if signals:
         raise SystemExit(128 + signals[0])
-    return run
+    return run, out
 
 
 @contextlib.contextmanager
@@ -240,7 +238,7 @@ def any_process_has(signals, run):
 
 
 class Run:
-    """Networks, pictures and device of a run; what changes while training; the folder that keeps it."""
+    """Networks, pictures and device of a run. Training changes their weights, and step, psnr and best."""
 
     def __init__(self, args):
         self.args = args
@@ -251,23 +249,21 @@ class Run:
 
         teacher = models.load(args.teacher).requires_grad_(False) if args.teacher else None
         self.scale = args.scale or (teacher.scale if teacher else 4)
-        self.out = Path(args.out or free_name(args, self.scale))
-        check_settings(self, teacher)
+        check_settings(args, teacher, self.world)
         train_paths, val_paths = choose_pictures(args)
+        hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in [args.teacher] if file]
         self.identity = dict(pictures=[path.name for path in train_paths],
-                             held_out=[path.name for path in val_paths], teacher_sha256=checksum(teacher))
-        checkpoint = check_folder(self)  # or None
-        self.resumed = checkpoint is not None
+                             held_out=[path.name for path in val_paths], teacher_sha256=hashes)
+        checkpoint = read_checkpoint(args.resume, self.identity) if args.resume else None
 
         if self.world > 1:
-            join_processes(self)
-        pictures = data.read_all(train_paths, self.scale, args.patch, args.cache)
-        self.patches = data.Patches(pictures, args.patch, self.scale, args.batch, args.seed, self.device,
-                                    self.rank, self.world)
+            join_processes(self.rank, self.device)
+        self.patches = data.Patches(train_paths, args.patch, self.scale, args.batch, args.seed, args.cache,
+                                    self.device, self.rank, self.world)
         self.held = data.read_all(val_paths, self.scale, least=8)  # [(path, lr, hr)]
 
         torch.manual_seed(args.seed)
-        if self.resumed:
+        if checkpoint:
             student = models.from_config(checkpoint["config"])
         else:
             student = build_student(args, teacher, self.scale)
@@ -280,12 +276,10 @@ class Run:
         self.ema = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.parameters, self.averaged = list(self.student.parameters()), list(self.ema.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, betas=(0.9, 0.99), fused=True)
-        self.forward_backward = functools.partial(forward_backward, self)
-        self.step = 0
-        self.psnr, self.best, self.bicubic = math.nan, -math.inf, math.nan  # held-out
         self.val_every = args.val_every or max(1, min(args.steps // 10, 5000))
         self.log_every = 10 if self.device.type == "cuda" else 1  # a look at the terms makes a GPU wait
-        if self.resumed:
+        self.step, self.psnr, self.best = 0, math.nan, -math.inf  # psnr, best: held-out
+        if checkpoint:
             self.restore(checkpoint)
 
     def state(self):
@@ -301,45 +295,35 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.psnr, self.best = state["step"], state["psnr"], state["best"]
 
-    def save(self):
+    def save(self, out):
         """Writes student.pt, best.pt where it is the best so far, and then last.ckpt."""
         raw = self.student.state_dict()
-        models.save(self.out / "student.pt", self.ema, raw)
+        models.save(out / "student.pt", self.ema, raw)
         if self.psnr > self.best:
             self.best = self.psnr
-            models.save(self.out / "best.pt", self.ema, raw)
-        with models.replacing(self.out / "last.ckpt") as f:
+            models.save(out / "best.pt", self.ema, raw)
+        with models.replacing(out / "last.ckpt") as f:
             torch.save(self.state(), f)
 
     @torch.compiler.set_stance("force_eager")  # else blocks are compiled for each size of picture
     def score(self, make, label):
         """Mean PSNR on Y over the held-out pictures of what `make` makes of their LR. In float32."""
-        return evaluate.mean_psnr(make, self.held, self.scale, label)
+        return evaluate.score(make, self.held, self.scale, f"held-out pictures, {label}", ssim=False)["psnr"]
 
-    def write_row(self, means, validated, ms):
-        """Adds a row to log.csv: the means of the terms since the row before, a new PSNR, ms a step."""
+    def write_row(self, out, means, validated, ms):
+        """Adds a row to log.csv: the means of the terms since the last row, a new PSNR, ms a step."""
         row = [self.step, f"{learning_rate(self.step - 1, self.args):.3g}"]
         row += [f"{mean:.8g}" for mean in means]
         row += [f"{self.psnr:.4f}" if validated else "", f"{ms:.2f}"]
-        with open(self.out / "log.csv", "a") as f:
+        with open(out / "log.csv", "a") as f:
             print(*row, sep=",", file=f)
 
-    def check_weights(self):
-        """ConfigError where a weight is NaN or infinite: last.ckpt is older, and good."""
-        if not torch.nn.utils.get_total_norm(self.parameters).isfinite():
-            raise ConfigError(f"the weights are not finite after step {self.step}; {self.out} keeps the last "
-                              "good state. A lower --lr or --precision float32 may help")
-
-
-def read_config(folder):
-    """The config.json of a run to resume. It has `settings` and `identity`."""
-    try:
-        about = json.loads(Path(folder, "config.json").read_text())
-        about["settings"], about["identity"]  # they are there
-        return about
-    except (OSError, ValueError, LookupError, TypeError):
-        raise ConfigError(f"--resume {folder}: no run is there, as its config.json is missing, damaged or of "
-                          "another version of train.py") from None
+    def check_finite(self, loss):
+        """ConfigError where the loss or a weight is NaN or infinite. L1's gradient takes a NaN for 0."""
+        norm = torch.nn.utils.get_total_norm(self.parameters)
+        if not (math.isfinite(loss) and norm.isfinite()):
+            raise ConfigError(f"the loss or the weights are not finite after step {self.step}. last.ckpt is "
+                              "older, and good. A lower --lr or --precision float32 may help")
 
 
 def set_up_device(name):
@@ -364,26 +348,68 @@ def choose_precision(name, device):
     return "bfloat16" if native else "float32"
 
 
-def check_settings(run, teacher):
+def check_settings(args, teacher, world):
     """ConfigError for settings that do not fit together. What the losses do not take, they say themselves."""
-    args = run.args
-    if not any(run.weights.values()):
+    if not any(getattr(args, f"lambda_{term}") for term in dukd.TERMS):
         raise ConfigError("every term of the loss is off: nothing to learn from")
     if teacher is None and args.student == "small":
         raise ConfigError("--student small needs a --teacher; or name a size")
-    if teacher and teacher.scale != run.scale:
-        raise ConfigError(f"{args.teacher} is for x{teacher.scale}, not x{run.scale}: leave --scale out")
-    if args.batch % run.world:
-        raise ConfigError(f"--batch {args.batch} cannot be shared by {run.world} processes")
+    if teacher and args.scale not in (0, teacher.scale):
+        raise ConfigError(f"{args.teacher} is for x{teacher.scale}, not x{args.scale}: leave --scale out")
+    if args.batch % world:
+        raise ConfigError(f"--batch {args.batch} cannot be shared by {world} processes")
+    if not args.resume and os.path.isdir(args.out) and os.listdir(args.out):
+        raise ConfigError(f"{args.out} is not empty: give --resume {args.out} to go on with a run, or "
+                          "another --out")
 
 
-def join_processes(run):
-    """Joins the processes that torchrun has started. The first one speaks for all."""
-    if run.rank > 0:
+def choose_pictures(args):
+    """The paths of the training pictures, and of the held-out ones."""
+    images, held = data.find_hr(args.data), data.find_hr(args.val)
+    if not images:
+        images, held = data.embedded(data.TRAIN), held or data.embedded(data.VAL)
+    if not held:
+        count = min(max(len(images) // 10, 1), 10)
+        held = images[::len(images) // count][:count]
+    held_files = {path.resolve() for path in held}
+    images = [path for path in images if path.resolve() not in held_files]
+    if not images:
+        raise ConfigError(f"{args.data[0]} has no picture besides the held-out ones: name others with --val")
+    return images, held
+
+
+def read_config(folder):
+    """The config.json of a run to resume. It has `settings` and `identity`."""
+    try:
+        about = json.loads(Path(folder, "config.json").read_text())
+        about["settings"], about["identity"]  # they are there
+        return about
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ConfigError(f"--resume {folder}: no run is there, as its config.json is missing, damaged or of "
+                          "another version of train.py") from None
+
+
+def read_checkpoint(folder, identity):
+    """What a resumed run goes on from: the state in last.ckpt, or None where it has none yet.
+    ConfigError where pictures or teacher are not those of the run."""
+    saved, last = read_config(folder)["identity"], Path(folder, "last.ckpt")
+    for name, now in identity.items():
+        if saved[name] != now:
+            others = sorted({*saved[name]} ^ {*now}) or ["the order"]
+            raise ConfigError(f"{folder} is another run: {name} differ in {', '.join(others)[:99]}")
+    state = models.read_file(last) if last.exists() else None
+    if state and "optimizer" not in state:
+        raise ConfigError(f"{last} is not the checkpoint of a run")
+    return state
+
+
+def join_processes(rank, device):
+    """Joins the processes that torchrun has started. Only the first one, of rank 0, prints."""
+    if rank > 0:
         sys.stdout = open(os.devnull, "w")
     patience = datetime.timedelta(hours=5)  # while the first process scores
-    if run.device.type == "cuda":
-        dist.init_process_group("nccl", device_id=run.device, timeout=patience)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device, timeout=patience)
     else:
         dist.init_process_group("gloo", timeout=patience)
 
@@ -391,7 +417,7 @@ def join_processes(run):
 def build_student(args, teacher, scale):
     """The student by name. With --init, it takes every tensor of that file that fits in name and shape, and
     the file's residual scale, mean and range, without which the tensors would mean another function."""
-    config = models.small(teacher) if args.student == "small" else models.parse(args.student, scale)
+    config = models.small(teacher) if args.student == "small" else models.config_of(args.student, scale)
     if not args.init:
         return models.from_config(config)
     given = models.load(args.init)
@@ -412,83 +438,112 @@ def build_student(args, teacher, scale):
     return student
 
 
-def choose_pictures(args):
-    """The paths of the training pictures, and of the held-out ones."""
-    images, held = data.find_hr(args.data), data.find_hr(args.val)
-    if not images:
-        images, held = data.embedded(data.TRAIN), held or data.embedded(data.VAL)
-    if not held:
-        count = min(max(len(images) // 10, 1), 10)
-        held = images[::len(images) // count][:count]
-    images = [path for path in images if path not in held]
-    if not images:
-        raise ConfigError(f"{args.data[0]} has no picture besides the held-out ones: name others with --val")
-    return images, held
-
-
-def checksum(network):
-    """The SHA-256 of a network's weights, as text; "" for None."""
-    if network is None:
-        return ""
-    digest = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def free_name(args, scale):
-    """The next free run folder: runs/dukd_small_x4, and then …_x4_2."""
-    name = f"runs/{args.method}_{args.student}_x{scale}"
-    free, number = name, 2
-    while os.path.lexists(free):
-        free, number = f"{name}_{number}", number + 1
-    return free
-
-
-def check_folder(run):
-    """The checkpoint that a resumed run goes on from, or None for the first step.
-    ConfigError where a new run would change an old folder, or a resumed one would be another run."""
-    if not run.args.resume and os.path.lexists(run.out):
-        raise ConfigError(f"{run.out} exists: give --resume {run.out} to go on with a run, or another --out")
-    if not run.args.resume:
-        return None
-    saved = read_config(run.out)
-    before, now = saved["settings"] | saved["identity"], vars(run.args) | run.identity
-    for name in sorted(now.keys() - MAY_CHANGE):
-        old, new = before.get(name), now[name]
-        if old == new:
-            continue
-        if isinstance(old, list) and {*old} != {*new}:
-            old, new = sorted({*old} - {*new}), sorted({*new} - {*old})
-        raise ConfigError(f"{run.out} is another run: {name} is {str(old)[:99]} there, not {str(new)[:99]}")
-    last = run.out / "last.ckpt"
-    state = models.read_file(last) if last.exists() else None
-    if state and "optimizer" not in state:
-        raise ConfigError(f"{last} is not the checkpoint of a run")
-    return state
-
-
-def accelerate(run):
-    """Makes run.forward_backward as fast as the device allows; results change by rounding only. Tries a step,
-    so that what cannot work ends before a folder is made. run.seconds: what this took. run.peak_gib: what a
-    step takes of a GPU's memory, without Adam's averages."""
-    began, cuda = time.perf_counter(), run.device.type == "cuda"
-    pair = run.patches[run.step]
-    torch.backends.cudnn.benchmark = True  # cuDNN searches for the fastest algorithm of each shape
+def try_step(run, pair):
+    """Tries a step. Returns what it took: seconds, and GiB of a GPU's memory, without Adam's averages.
+    ConfigError for what does not fit."""
+    began = time.perf_counter()
     try:
-        run.forward_backward(*pair)
+        forward_backward(run, *pair)
     except ValueError as e:  # dukd.losses says what does not fit
         raise ConfigError(str(e)) from None
-    if cuda and run.args.compile != "no":
-        compile_blocks(run, pair)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()  # cuDNN's search takes more than a step
-        run.forward_backward(*pair)
-    run.peak_gib = evaluate.peak_memory(run.device)
-    if cuda and run.args.compile == "graph":
-        run.forward_backward = Recorded(run.forward_backward, pair)
-    torch.backends.cudnn.benchmark = False  # it would search anew for each size of held-out picture
-    run.seconds = time.perf_counter() - began
+    return dict(first_step_s=round(time.perf_counter() - began, 2), peak_gib=evaluate.peak_memory(run.device))
+
+
+def new_folder(args, scale):
+    """The folder of a new run: --out, or the next free runs/METHOD_STUDENT_xS: _2, _3, … for further ones.
+    Of runs that start together, each gets its own."""
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        return Path(args.out)
+    name = f"runs/{args.method}_{args.student}_x{scale}"
+    for ending in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
+        try:
+            Path(name + ending).mkdir(parents=True)
+            return Path(name + ending)
+        except FileExistsError:
+            continue
+
+
+def write_config(run, out, command, cost):
+    """Writes config.json: the settings, as decided, and what the run is. A resumed run has new settings."""
+    settings = vars(run.args) | dict(out=str(out), resume="", precision=run.precision)
+    if run.args.resume:
+        about = read_config(out) | dict(settings=settings)
+    else:
+        about = dict(settings=settings, identity=run.identity, **cost,
+                     **evaluate.provenance(command, run.device))
+    with models.replacing(out / "config.json") as f:
+        f.write(json.dumps(about, indent=1).encode())
+
+
+def begin_log(run, out):
+    """Writes log.csv: its head, and of a resumed run those rows that the checkpoint knows."""
+    log = out / "log.csv"
+    terms = [term for term, weight in run.weights.items() if weight]
+    rows = [",".join(["step", "lr", *terms, "total", "val_psnr", "ms"]) + "\n"]
+    if log.exists():
+        for row in log.read_text(errors="replace").splitlines(keepends=True)[1:]:
+            step = row.split(",")[0]
+            if row.endswith("\n") and step.isdigit() and int(step) <= run.step:
+                rows.append(row)
+    with models.replacing(log) as f:
+        f.write("".join(rows).encode())
+
+
+def introduce(run, out, cost):
+    """Says what is about to run, and how good bicubic and teacher are. Returns bicubic's held-out PSNR."""
+    args = run.args
+    if args.resume:
+        print(f"resumed after step {run.step} of {args.steps}")
+    print(f"data    {len(run.patches.paths)} pictures to train on, {len(run.held)} held out")
+    for role, net in (("teacher", run.teacher), ("student", run.student)):
+        if net:
+            print(f"{role} {models.describe(net.config)}: {models.parameters(net) / 1e6:.2f} M parameters")
+    sys.stdout.flush()
+    bicubic, teacher = run.score(evaluate.resizer(run.scale), "bicubic"), ""
+    if run.teacher:
+        teacher = f", teacher {run.score(evaluate.upscaler(run.teacher, evaluate.TILE), 'teacher'):.2f} dB"
+    print(f"held-out PSNR: bicubic {bicubic:.2f} dB{teacher}")
+    print("loss    L =", equation(run.weights))
+    where = f"on {run.device} in {run.precision}"
+    print(f"run     {out}: {args.steps} steps of {args.batch} {where}", flush=True)
+    hours = cost["first_step_s"] * (args.steps - run.step) / 3600
+    if run.device.type == "cpu" and hours > 1:
+        data.note(f"on this CPU that takes about {hours:.0f} hours. It can be stopped and resumed at any "
+                  "time. --quick takes minutes")
+    return bicubic
+
+
+@torch.compiler.set_stance("force_eager")
+def finish(run, out, bicubic):
+    """The last lines: how good the student is and where, or how to go on."""
+    if run.step < run.args.steps:
+        run.save(out)
+        print(f"stopped after step {run.step} of {run.args.steps}; go on with: "
+              f"python train.py --resume {shlex.quote(str(out))}")
+        return
+    makers = dict(bicubic=evaluate.resizer(run.scale))
+    if run.teacher:
+        makers["teacher"] = evaluate.upscaler(run.teacher, evaluate.TILE)
+    makers["student"] = evaluate.upscaler(run.ema, evaluate.TILE)
+    evaluate.write_figure(out / "compare.png", makers, *run.held[0], run.scale)
+    print(f"held-out PSNR: bicubic {bicubic:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
+    print(f"in {out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
+
+
+def fast_step(run, pair):
+    """`forward_backward` of this run, as a function of lr and hr. On CUDA it is compiled and recorded as
+    --compile says; results change by rounding only."""
+    step = functools.partial(forward_backward, run)
+    if run.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # cuDNN searches for the fastest algorithm of each shape
+        if run.args.compile != "no":
+            compile_blocks(run, pair)
+        step(*pair)
+        if run.args.compile == "graph":
+            step = Recorded(step, pair)
+        torch.backends.cudnn.benchmark = False  # it would search anew for each size of held-out picture
+    return step
 
 
 def compile_blocks(run, pair):
@@ -499,30 +554,32 @@ def compile_blocks(run, pair):
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
     try:
-        run.forward_backward(*pair)
+        forward_backward(run, *pair)
     except Exception:  # no compiler, an operation that it does not know, …
         traceback.print_exc()
-        print("note: torch.compile fails here (see above), the networks run without", file=sys.stderr)
+        data.note("torch.compile fails here (see above), the networks run without")
         for block in blocks:
             del block.forward
 
 
 class Recorded:
-    """`forward_backward` as one CUDA graph, which is launched at once instead of kernel by kernel.
+    """A step as one CUDA graph, which is launched at once instead of kernel by kernel.
     A call copies its pair, I_LR and I_HR, into the recorded one. What the step draws is new in each replay,
     since the generator is seeded before. Gradients stay where they were recorded: nobody sets them to None.
-    ConfigError where the step cannot be recorded, as where a foreign teacher reads values from the GPU."""
+    A teacher that reads values from the GPU cannot be recorded, and a failed recording spoils the process. So
+    the program starts anew without; where it cannot, there is a ConfigError."""
 
-    def __init__(self, function, pair):
+    def __init__(self, step, pair):
         for _ in range(3):  # the libraries choose their algorithms
-            function(*pair)
+            step(*pair)
         self.pair, self.graph = pair, torch.cuda.CUDAGraph()
         gc.disable()  # memory that is freed meanwhile would spoil the recording
         try:
             with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                self.result = function(*pair)
+                self.result = step(*pair)
         except RuntimeError:
             traceback.print_exc()  # the first error of it is the cause
+            start_anew("--compile", "blocks")
             raise ConfigError("the step cannot be recorded (see above): give --compile blocks") from None
         finally:
             gc.enable()
@@ -534,73 +591,14 @@ class Recorded:
         return self.result.clone()
 
 
-def start(run, command):
-    """Makes the run folder, or brings that of a resumed run up to date: new paths into config.json, and only
-    those rows into log.csv that the checkpoint knows. Says what is about to run."""
-    args = run.args
-    if run.rank > 0:
-        return
-    settings = vars(args) | dict(out=str(run.out), resume="")
-    if args.resume:
-        about = read_config(run.out) | dict(settings=settings)
-    else:
-        about = dict(settings=settings, identity=run.identity, precision=run.precision,
-                     accelerate_s=round(run.seconds, 2), peak_gib=run.peak_gib,
-                     **evaluate.provenance(command, run.device))
-        run.out.mkdir(parents=True)
-    with models.replacing(run.out / "config.json") as f:
-        f.write(json.dumps(about, indent=1).encode())
-
-    log = run.out / "log.csv"
-    terms = [term for term, weight in run.weights.items() if weight]
-    rows = [",".join(["step", "lr", *terms, "total", "val_psnr", "ms"]) + "\n"]
-    if run.resumed and log.exists():
-        for row in log.read_text(errors="replace").splitlines(keepends=True)[1:]:
-            step = row.split(",")[0]
-            if row.endswith("\n") and step.isdigit() and int(step) <= run.step:
-                rows.append(row)
-    with models.replacing(log) as f:
-        f.write("".join(rows).encode())
-
-    if run.resumed:
-        print(f"resumed after step {run.step} of {args.steps}")
-    print(f"data    {len(run.patches.pictures)} pictures to train on, {len(run.held)} held out")
-    for role, net in (("teacher", run.teacher), ("student", run.student)):
-        if net:
-            print(f"{role} {models.describe(net.config)}: {models.parameters(net) / 1e6:.2f} M parameters")
-    if run.teacher and models.parameters(run.student) > models.parameters(run.teacher):
-        data.note("the student is larger than its teacher")
-    sys.stdout.flush()
-    run.bicubic = run.score(evaluate.resizer(run.scale), "bicubic")
-    teacher = ""
-    if run.teacher:
-        teacher = f", teacher {run.score(evaluate.upscaler(run.teacher), 'teacher'):.2f} dB"
-    print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB{teacher}")
-    print("loss    L =", equation(run.weights))
-    where = f"on {run.device} in {run.precision}"
-    print(f"run     {run.out}: {args.steps} steps of {args.batch} {where}", flush=True)
-    hours = run.seconds * (args.steps - run.step) / 3600  # accelerate took a step
-    if run.device.type == "cpu" and hours > 1:
-        print(f"note: on this CPU that takes about {hours:.0f} hours. It can be stopped and resumed at any "
-              "time. --quick takes minutes", file=sys.stderr)
-
-
-@torch.compiler.set_stance("force_eager")
-def finish(run):
-    """The last lines: how good the student is and where, or how to go on."""
-    args = run.args
-    if run.step < args.steps:
-        run.save()
-        print(f"stopped after step {run.step} of {args.steps}; go on with: "
-              f"python train.py --resume {shlex.quote(str(run.out))}")
-        return
-    makers = dict(bicubic=evaluate.resizer(run.scale))
-    if run.teacher:
-        makers["teacher"] = evaluate.upscaler(run.teacher)
-    makers["student"] = evaluate.upscaler(run.ema)
-    evaluate.write_figure(run.out / "compare.png", makers, *run.held[0], run.scale)
-    print(f"held-out PSNR: bicubic {run.bicubic:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
-    print(f"in {run.out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
+def start_anew(*words):
+    """Starts the program again with further words. Does nothing where train.py is not the program, or is one
+    of several processes, and on Windows, whose shell would not wait."""
+    if __name__ == "__main__" and os.environ.get("WORLD_SIZE", "1") == "1" and os.name != "nt":
+        data.note(f"starting anew with {' '.join(words)}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *words])
 
 
 def main(argv=None):

@@ -42,12 +42,12 @@ def settings(case, folder, steps, more):
 def time_steps(case, steps, more):
     """The line of JSON of a case."""
     with tempfile.TemporaryDirectory() as folder:
-        run = train.train(settings(case, Path(folder), steps, more), f"results/step_times.py {case}")
-        about = json.loads((run.out / "config.json").read_text())
-        rows = list(csv.DictReader(open(run.out / "log.csv")))
+        run, out = train.train(settings(case, Path(folder), steps, more), f"results/step_times.py {case}")
+        about = json.loads((out / "config.json").read_text())
+        rows = list(csv.DictReader(open(out / "log.csv")))
     timed = rows[1:-1] or rows  # the first warms up; the last may be of few steps
     return dict(case=case, ms=round(statistics.median(float(row["ms"]) for row in timed), 2),
-                batch=run.args.batch, patch=run.args.patch,
+                batch=run.args.batch, patch=run.args.patch, precision=run.precision,
                 **{key: about[key] for key in about if key not in ("settings", "identity")})
 
 
@@ -55,11 +55,11 @@ def profile_steps(case, more):
     """Prints the operations of three steps, the longest first."""
     with tempfile.TemporaryDirectory() as folder:
         run = train.Run(settings(case, Path(folder), 3, more))
-        train.accelerate(run)
+        step = train.fast_step(run, run.patches[0])
         kind = run.device.type
         with profile() as found:
-            for step in range(3):
-                run.forward_backward(*run.patches[step])
+            for number in range(3):
+                step(*run.patches[number])
             if kind == "cuda":
                 torch.cuda.synchronize()
     averages = found.key_averages()

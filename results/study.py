@@ -181,7 +181,7 @@ def train_and_score(arm, n, seed, started, teacher, images, place):
     best, end = max(held_out, key=lambda point: point[1]), held_out[-1]
     record = dict(arm=arm, n=n, seed=seed, command=shlex.join(["python", "train.py", *words[:-1], "DIR"]),
                   images=sorted(path.stem for path in images.iterdir()) if n in (2, 8) else None,
-                  precision=about["precision"],
+                  precision=about["settings"]["precision"],
                   held_out_by_step=held_out, seconds=None if resumed else round(seconds),
                   **{key: about[key] for key in ("git", "versions", "device_name", "started")})
     record["best"] = score(out, "best.pt", best, teacher, place)

@@ -42,7 +42,8 @@ def arrow(panel, start, end, above="", below="", color="black", path="arc3"):
 
 
 def main():
-    lr, hr = data.pair(skimage.data.chelsea()[40:232, 124:316], SCALE)
+    hr = skimage.data.chelsea()[40:232, 124:316]
+    lr = data.imresize(hr, 1 / SCALE)
     lr, hr = [torch.from_numpy(picture).permute(2, 0, 1)[None] / 255 for picture in (lr, hr)]
     z_in = zoom_in(hr, PATCH, torch.Generator().manual_seed(2))
     positions = torch.from_numpy(np.indices(hr.shape[-2:]))[None]  # (1,2,H,W): each pixel's row and column

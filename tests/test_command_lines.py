@@ -79,14 +79,18 @@ def refused(main, words, place, monkeypatch, capfd):
     ("--ops hflip hflip", "an operation is named twice"),
     ("--method scratch --lambda-rec 0", "nothing to learn from"),
     ("--stpes 3", "unrecognized arguments: --stpes 3"),
-    ("--out empty", "empty exists: give --resume empty to go on with a run, or another --out"),
+    ("--out run", "run is not empty: give --resume run to go on with a run, or another --out"),
     ("--out file.txt/new --data train --val val", "file.txt/new cannot be read or written: Not a directory"),
     ("--teacher= --data train --val val", "kd needs a teacher"),
     ("--teacher= --method scratch --student small", "--student small needs a --teacher"),
-    ("--resume nowhere", "--resume nowhere: no run is there"),
-    ("--resume broken --out broken", "broken/last.ckpt is no checkpoint")])
+    ("--resume nowhere", "--resume nowhere: no run is there")])
 def test_wrong_words_for_a_run(place, monkeypatch, capfd, words, named):
     assert named in refused(train.main, f"{NEW} {words}", place, monkeypatch, capfd)
+
+
+def test_a_damaged_checkpoint_is_named(place, monkeypatch, capfd):
+    line = refused(train.main, "--resume broken --device cpu", place, monkeypatch, capfd)
+    assert "broken/last.ckpt is no checkpoint" in line
 
 
 def test_a_finished_run_may_be_resumed_and_stays_as_it_is(place, monkeypatch, capfd):

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import signal
+import time
 import zlib
 from fractions import Fraction
 
@@ -223,16 +224,18 @@ def test_a_pair_is_cropped_at_the_bottom_and_right_and_its_lr_is_made(tmp_path, 
         assert np.array_equal(lr, exact_imresize(image[:h * s, :w * s], Fraction(1, s)))
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_small_pictures_are_named_all_at_once(tmp_path, cached):
+def test_small_pictures_are_named_all_at_once(tmp_path):
+    """Also where they are in the cache already, for other patches."""
     shapes = [(12, 8), (30, 30), (3, 20), (40, 11)]
     paths = [save(noise(*shape, 3), tmp_path / f"{i}.png") for i, shape in enumerate(shapes)]
-    settings = (4, 3, tmp_path / "cache" if cached else None)
     named = [f"{paths[i]} is too small: its LR is {size}, and 3x3 or more"
              for i, size in ((0, "2x3"), (2, "5x0"), (3, "2x10"))]
-    refused(lambda: data.read_all(paths, *settings), "3 of 4 pictures cannot be used; ", *named)
-    refused(lambda: data.read_all(paths[:1], *settings), named[0])
-    assert [hr.shape for _, _, hr in data.read_all(paths[1:2], *settings)] == [(28, 28, 3)]
+    refused(lambda: data.read_all(paths, 4, 3), "3 of 4 pictures cannot be used; ", *named)
+    refused(lambda: data.read_all(paths[:1], 4, 3), named[0])
+    assert [hr.shape for _, _, hr in data.read_all(paths[1:2], 4, 3)] == [(28, 28, 3)]
+    for path in paths:
+        data.read_pair(path, 4, 0, tmp_path / "cache")
+    refused(lambda: data.Patches(paths, 3, 4, 1, 0, tmp_path / "cache"), "3 of 4 pictures", *named)
 
 
 @pytest.fixture
@@ -243,80 +246,109 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def build(files, tmp_path):
-    """Reads the files at x2 by way of a cache."""
-    return lambda: data.read_all(files, 2, 4, tmp_path / "cache")
+def patches(files, tmp_path):
+    """The patches of the files at x2 by way of a cache."""
+    return lambda: data.Patches(files, 4, 2, 32, 0, tmp_path / "cache")
 
 
-def assert_holds(pictures, files):
-    for expected, (path, *pair) in zip(files, pictures, strict=True):
-        assert path == expected and all(map(np.array_equal, data.read_pair(path, 2), pair))
+def same_patches(one, other):
+    return all(map(torch.equal, one[0], other[0]))
 
 
-def test_pictures_are_decoded_once_and_hold_no_file_open(tmp_path, files, build, monkeypatch):
-    open_files = lambda: len(glob.glob("/proc/self/fd/*"))  # on Linux
-    before = open_files()
-    pictures = build()
-    assert open_files() == before
-    assert_holds(pictures, files)
-    assert len(list(tmp_path.glob("cache/*"))) == len(files)
+def test_pictures_are_decoded_once_and_mapped_when_they_are_drawn(tmp_path, files, patches, monkeypatch):
+    """What is drawn is what decoding gives. Few files are open, however many pictures there are."""
+    expected = [data.Patches(files, 4, 2, 32, 0, None)[0]]
+    before = len(glob.glob("/proc/self/fd/*"))  # on Linux
+    first = patches()
+    assert len(glob.glob("/proc/self/fd/*")) == before
+    assert len(list(tmp_path.glob("cache/*.npy"))) == len(list(tmp_path.glob("cache/*"))) == 2 * len(files)
     with monkeypatch.context() as context:
         context.delattr(data, "read_image")  # nothing can be decoded
-        found = build()
-    assert_holds(found, files)
-    for _, lr, hr in found:  # training may write to its patches, never to the file
-        lr[:] = hr[:] = 0
-    assert_holds(build(), files)
-    save(noise(20, 20, 3), files[0])
-    assert_holds(build(), files)
-    at_x4 = data.read_pair(files[0], 4, cache=tmp_path / "cache")
-    assert [x.shape for x in at_x4] == [(5, 5, 3), (20, 20, 3)]
+        second = patches()
+        assert same_patches(first, expected) and same_patches(second, expected)
+    for attempt in range(2):
+        lr, hr = data.read_pair(files[0], 4, cache=tmp_path / "cache")
+        assert [x.shape for x in (lr, hr)] == [(2, 3, 3), (8, 12, 3)]
+    assert not hr.flags.writeable
+    assert first.read.cache_info().maxsize * 2 < 200  # macOS gives a process 256 file descriptors
 
 
-def test_a_bad_image_or_a_full_disk_is_named_and_leaves_no_half_file(tmp_path, files, build, monkeypatch):
+def test_a_picture_that_was_replaced_is_decoded_anew(tmp_path, files):
+    """Also where its size and its time of modification are as before, as after `cp -p` or rsync."""
+    cache, times = tmp_path / "cache", os.stat(files[0])
+    picture = Image.fromarray(noise(9, 12, 3, seed=1))
+    save(picture, files[0], compress_level=0)
+    data.read_pair(files[0], 2, cache=cache)
+    save(np.asarray(picture)[::-1], files[0], compress_level=0)
+    os.utime(files[0], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert np.array_equal(data.read_pair(files[0], 2, cache=cache)[1], data.read_pair(files[0], 2)[1])
+
+
+@pytest.mark.parametrize("damage", [
+    lambda file: file.unlink(), lambda file: file.write_bytes(b""), lambda file: os.truncate(file, 140),
+    lambda file: file.write_bytes(b"PK\3\4" + bytes(300)), lambda file: file.write_bytes(bytes(900))])
+def test_a_damaged_cache_is_made_anew_at_the_start_and_at_the_draw(tmp_path, files, patches, damage):
+    expected = data.Patches(files, 4, 2, 32, 0, None)
+    begun = patches()
+    for start in (patches, lambda: begun):
+        for file in tmp_path.glob("cache/*"):
+            damage(file)
+        assert same_patches(start(), expected)
+
+
+def test_a_bad_image_or_a_full_disk_is_named_and_leaves_no_half_file(tmp_path, files, patches, monkeypatch):
     def full(*names):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as context:
         context.setattr(os, "replace", full)
-        with pytest.raises(OSError, match=f"No space left on device: 'the cache {tmp_path / 'cache'}'"):
-            build()
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'cache'}"):
+            patches()
     assert not list(tmp_path.glob("cache/*"))
     files[8].write_text("no image")
     files[9].write_text("no image")
-    refused(build, "2 of 12", files[8], files[9])
-    assert len(list(tmp_path.glob("cache/*.rgb"))) == len(list(tmp_path.glob("cache/*"))) == 10
+    refused(patches, "2 of 12", files[8], files[9])
+    assert len(list(tmp_path.glob("cache/*.npy"))) == len(list(tmp_path.glob("cache/*"))) == 20
 
 
-def test_processes_may_be_killed_while_they_write_or_decode_at_once(tmp_path, files, build, monkeypatch):
-    """No half-written file is taken for whole. A file that is there is not replaced."""
+def test_processes_may_be_killed_while_they_write_or_decode_at_once(tmp_path, files, patches, monkeypatch):
+    """No half-written file is taken for whole."""
     fork = multiprocessing.get_context("fork").Process
     with monkeypatch.context() as context:
         context.setattr(os, "replace", lambda *names: os.kill(os.getpid(), signal.SIGKILL))
-        killed = fork(target=build)
+        killed = fork(target=patches)
         killed.start()
         killed.join()
-    assert killed.exitcode == -signal.SIGKILL and list(tmp_path.glob("cache/*"))
-    processes = [fork(target=build), fork(target=build)]
+    assert killed.exitcode == -signal.SIGKILL and list(tmp_path.glob("cache/.*"))
+    processes = [fork(target=patches), fork(target=patches)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert_holds(build(), files)
+    assert same_patches(patches(), data.Patches(files, 4, 2, 32, 0, None))
 
 
-def coded(shapes, s):
-    """Pictures [(path, lr, hr)] whose pixels are (row, column, image); in HR, images count from 128."""
+def test_a_folder_of_20_000_pictures_is_listed_at_once(tmp_path):
+    """The list of names was searched for each name: hours for sub-images of DIV2K."""
+    touch(tmp_path / "many", *(f"{i:05}.png" for i in range(20_000)))
+    began = time.perf_counter()
+    assert len(data.find_hr([tmp_path / "many"])) == 20_000 and time.perf_counter() - began < 10
+
+
+def coded(monkeypatch, shapes, s):
+    """The paths 0, 1, … of pictures whose pixels are (row, column, image); in HR, images count from 128."""
     def picture(h, w, code):
         return np.stack([*np.indices((h, w)), np.full((h, w), code)], axis=2).astype(np.uint8)
-    return [("path", picture(h, w, i), picture(s * h, s * w, 128 + i)) for i, (h, w) in enumerate(shapes)]
+    found = [(picture(h, w, i), picture(s * h, s * w, 128 + i)) for i, (h, w) in enumerate(shapes)]
+    monkeypatch.setattr(data, "read_pair", lambda path, **settings: found[path])
+    return range(len(found))
 
 
 @pytest.mark.parametrize("patch, s", [(1, 2), (4, 2), (4, 3), (4, 4)])
-def test_patches_are_aligned_and_uniform_over_images_positions_and_turns(patch, s):
+def test_patches_are_aligned_and_uniform_over_images_positions_and_turns(monkeypatch, patch, s):
     """Every position comes up, the edges included, and none beyond; so does each of the eight turns."""
     shapes = [(patch, patch), (patch + 2, patch + 1), (patch, patch + 5), (patch + 4, patch + 4)]
-    lr, hr = data.Patches(coded(shapes, s), patch, s, batch=12_000, seed=8)[0]
+    lr, hr = data.Patches(coded(monkeypatch, shapes, s), patch, s, 12_000, 8, None)[0]
     assert lr.dtype == hr.dtype == torch.float32 and lr.shape == (12_000, 3, patch, patch)
     lr, hr = (lr * 255).round().int(), (hr * 255).round().int()  # (n,3,h,w): row, column, image
     rows, columns = (hr[:, i] // s for i in (0, 1))
@@ -339,10 +371,12 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=on_gpu)))
-def test_seed_and_step_alone_decide_the_patches_and_processes_share_them(device):
+def test_seed_and_step_alone_decide_the_patches_and_processes_share_them(monkeypatch, device):
     """Nothing synchronises with a GPU. It may compute x/255 as x·(1/255), which is off in the last bit."""
+    paths = coded(monkeypatch, [(20, 20), (15, 30)], 2)
+
     def patches(seed=1, **share):
-        return data.Patches(coded([(20, 20), (15, 30)], 2), 4, 2, 6, seed, **share)
+        return data.Patches(paths, 4, 2, 6, seed, None, **share)
     before = torch.get_rng_state()
     there = patches(device=device)
     if device == "cuda":

@@ -160,7 +160,7 @@ def test_table_json_and_figure(place, capsys, tmp_path):
 def test_pictures_of_other_tools_are_scored(place, capsys, tmp_path):
     """One grey level is 49.45 dB, a little more where white gets less."""
     for name in ("baby", "bird", "head"):
-        hr = data.pair(data.read_image(place / "set" / f"{name}.png"), 4)[1]
+        hr = data.read_pair(place / "set" / f"{name}.png", 4)[1]
         save(np.where(hr < 255, hr + 1, hr - 1).astype(np.uint8), tmp_path / f"{name}_MYNET.png")
     out = run(capsys, "--sr", tmp_path, "--data", place / "set", "--scale", "4")
     assert float(out.splitlines()[1].split()[-1].split("/")[0]) == pytest.approx(49.45, abs=0.05)

@@ -292,6 +292,7 @@ def test_wrappers_prefixes_and_counters_beside_the_weights(tmp_path, kind, prefi
     for content in (state | {"n_averaged": torch.tensor(7)}, {"epoch": 3, "state_dict": state},
                     {"params": other, "params_ema": state},
                     {"params": state, "config": {"mean": [0, 0, 0]}},  # other codes' settings
+                    {"params": state, "config": {"arch": kind, "n_feats": 8}},
                     {"model": state, "optimizer": {"state": {}}, "config": {"arch": "unet"}}):
         same(models.load(stored(tmp_path, content)), net)
 
@@ -333,6 +334,29 @@ class Found:
     @torch.inference_mode()
     def __call__(self, x):
         return F.interpolate(x.mul_(2), scale_factor=2)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = make("edsr").state_dict()
+    state["conv_last.bias"][0] = float("nan")
+    refused(stored(tmp_path, state), "weights that are NaN or infinite")
+
+
+def test_why_another_packages_network_is_not_read(tmp_path, monkeypatch):
+    """The package is not installed, does not work, or does not know the weights either."""
+    path = stored(tmp_path, {"module.body.0.weight": torch.zeros(2)})
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    refused(path, "For other networks: pip install spandrel")
+
+    class Broken:
+        def find_spec(self, name, *rest):
+            if name == "spandrel":
+                raise RuntimeError("operator torchvision::nms does not exist")
+    monkeypatch.delitem(sys.modules, "spandrel")
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    refused(path, "fails to import (operator torchvision::nms does not exist)", "install both from one")
+    monkeypatch.setitem(sys.modules, "spandrel", types.SimpleNamespace(ModelLoader=None))
+    refused(path, "spandrel does not know it either")
 
 
 def test_another_packages_network(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """train.py: settings in layers, one update, whole runs, resuming, several processes, and the faster step."""
 import contextlib
 import csv
+import functools
 import json
 import multiprocessing
 import os
@@ -44,7 +45,7 @@ def words(place, out, family="edsr", **changes):
     given = dict(teacher=f"{place}/{family}_x4.pt", student=STUDENTS[family], data=f"{place}/train",
                  val=f"{place}/val", cache=f"{place}/cache", out=out, batch=2, patch=8, steps=4, device="cpu",
                  precision="float32")
-    return [f"--{name}={value}" for name, value in (given | changes).items()]
+    return [f"--{name.replace('_', '-')}={value}" for name, value in (given | changes).items()]
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_defaults_come_in_layers_and_what_is_typed_counts():
     assert defaults.items() <= vars(args).items()
     for method, expected in dukd.METHODS.items():
         assert weights(train.parse(["--method", method])) == expected
-    args = train.parse("--method zoom_in --quick --lambda_kd 0 --lambda-fakd=2 --batch 5".split())
+    args = train.parse("--method zoom_in --quick --lambda-kd 0 --lambda-fakd=2 --batch 5".split())
     assert weights(args) == dict(rec=1, zoom_in=1, fakd=2)
     assert (args.steps, args.batch, args.patch, args.lr, args.schedule) == (1300, 5, 24, 1.4e-3, "cosine")
 
@@ -90,7 +91,7 @@ def test_help_shows_the_defaults_of_the_method(capsys):
         with pytest.raises(SystemExit):
             train.parse(["--method", method, "--help"])
         text = capsys.readouterr().out
-        assert f"teacher's labels of HR crops [{zoom_in}]" in " ".join(text.split())
+        assert f"z is a crop of I_HR, as large as I_LR [{zoom_in}]" in " ".join(text.split())
         assert "  fakd     L = 1·rec + 1·kd + 10·fakd\n" in text
 
 
@@ -105,14 +106,14 @@ def test_the_loop_is_adam_on_each_gradient_and_averages_the_weights(settings):
     """Ten steps with torch's Adam. The decay of the average is (1 + step) / (10 + step) until it is 0.4.
     The log has each term of dukd.losses times its weight. What it draws depends on seed and step."""
     given = dict(steps=10, lr=1e-2, ema=0.4)
-    run = train.train(settings(**given, lambda_fitnet=0.5, lambda_rec=3))
+    run, out = train.train(settings(**given, lambda_fitnet=0.5, lambda_rec=3))
     other = train.Run(settings("other", **given))
     adam = torch.optim.Adam(other.parameters, betas=(0.9, 0.99))
     average = [w.detach().clone() for w in other.parameters]
     taps = [(other.student.get_submodule(s), other.teacher.get_submodule(t))
             for s, t in zip(other.student.taps, other.teacher.taps)]
     weights = dukd.METHODS["dukd"] | dict(rec=3, fitnet=0.5)
-    log = rows(run.out)
+    log = rows(out)
     assert list(log[0]) == ["step", "lr", *weights, "total", "val_psnr", "ms"]
     for step, rate in enumerate([1e-2] * 4 + [1e-3] * 4 + [1e-4] * 2):
         lr, hr = other.patches[step]
@@ -136,25 +137,25 @@ def test_the_loop_is_adam_on_each_gradient_and_averages_the_weights(settings):
 def test_a_run_learns_and_keeps_what_it_was(settings):
     """It is validated first after 100 steps, unless it is sooner by --val-every."""
     args = settings(student="edsr_c8b3", steps=101, lr=1e-2, val_every=60, lambda_rec=5)
-    run = train.train(args, "python train.py …")
-    scores = {int(row["step"]): float(row["val_psnr"]) for row in rows(run.out) if row["val_psnr"]}
+    run, out = train.train(args, "python train.py …")
+    scores = {int(row["step"]): float(row["val_psnr"]) for row in rows(out) if row["val_psnr"]}
     assert list(scores) == [60, 100, 101] and scores[101] > scores[60] + 1
-    about = json.loads((run.out / "config.json").read_text())
+    about = json.loads((out / "config.json").read_text())
     assert about["identity"]["held_out"] == ["im0.png"]
     assert about["identity"]["pictures"] == [f"im{i}.png" for i in range(4)]
     assert about["settings"] == json.loads(json.dumps(vars(args))) and about["settings"]["lambda_rec"] == 5
-    assert about["command"] == "python train.py …" and about["accelerate_s"] > 0
-    assert iio.imread(run.out / "compare.png").shape[2] == 3
-    assert models.load(run.out / "last.ckpt").config == run.student.config
+    assert about["command"] == "python train.py …" and about["first_step_s"] >= 0
+    assert iio.imread(out / "compare.png").shape[2] == 3
+    assert models.load(out / "last.ckpt").config == run.student.config
 
 
 def test_the_best_averaged_weights_are_kept(settings):
     """At this rate the best step is not the last."""
-    run = train.train(settings(steps=7, val_every=2, lr=0.1, ema=0.5))
-    scores = [float(row["val_psnr"]) for row in rows(run.out) if row["val_psnr"]]
+    run, out = train.train(settings(steps=7, val_every=2, lr=0.1, ema=0.5))
+    scores = [float(row["val_psnr"]) for row in rows(out) if row["val_psnr"]]
     assert scores[-1] < max(scores) == pytest.approx(run.best, abs=1e-4)
     for name, score in (("best", max(scores)), ("student", scores[-1])):
-        network = models.load(run.out / f"{name}.pt")
+        network = models.load(out / f"{name}.pt")
         assert run.score(train.evaluate.upscaler(network), name) == pytest.approx(score, abs=1e-4)
     assert equal(network.parameters(), run.averaged)
 
@@ -215,21 +216,21 @@ def test_paths_and_pace_may_be_given_anew(stopped):
 
 def test_what_shapes_a_run_may_not_change(stopped, capsys):
     before = {path: path.read_bytes() for path in stopped.iterdir()}
-    for typed, named in [
-            ("--batch 4", "batch is 2 there, not 4"), ("--seed 1", "seed is 0 there, not 1"),
-            ("--student edsr_c4b2", "student is edsr_c4b3 there"), ("--steps 9", "steps is 7 there, not 9"),
-            ("--lambda-kd 2", "lambda_kd is 1.0 there"), ("--method kd", "method is dukd there, not kd"),
-            ("--ops hflip", "ops is ['invert', 'transpose', 'vflip'] there")]:
-        assert f"run is another run: {named}" in refusal(capsys, "--resume", stopped, *typed.split())
+    for typed in ("--batch 4", "--batch=2", "--seed 1", "--student edsr_c4b2", "--steps 9", "--lambda-kd 2",
+                  "--method kd", "--ops hflip", "--out new", "--precision bfloat16", "--augment-zoom-out",
+                  "--quick"):
+        flag = typed.partition("=")[0].split()[0]
+        line = refusal(capsys, "--resume", stopped, *typed.split())
+        assert f"{flag} is not for --resume" in line and f"--init {stopped}/student.pt" in line
     save(noise(64, 72, 3), "train/im9.png")
-    assert "pictures is [] there, not ['im9.png']" in refusal(capsys, "--resume", stopped)
+    assert "another run: pictures differ in im9.png" in refusal(capsys, "--resume", stopped)
     Path("train/im9.png").rename("val/im1.png")
-    assert "held_out is [] there, not ['im1.png']" in refusal(capsys, "--resume", stopped)
+    assert "another run: held_out differ in im1.png" in refusal(capsys, "--resume", stopped)
     Path("val/im1.png").unlink()
     state = torch.load("edsr_x4.pt")
     state["params_ema"]["conv_first.bias"] += 1e-6
     torch.save(state, "edsr_x4.pt")
-    assert "teacher_sha256 is" in refusal(capsys, "--resume", stopped)
+    assert "teacher_sha256 differ" in refusal(capsys, "--resume", stopped)
     assert before == {path: path.read_bytes() for path in stopped.iterdir()}
 
 
@@ -255,14 +256,12 @@ def test_a_resumed_log_has_the_rows_that_its_checkpoint_knows(stopped):
     for found, kept in [(text + f"4{known[0][1:]}\n1", known), (f"{head}\n{known[0]}\n", known[:1]),
                         (text + "\n" + 9 * "\0" + "\n", known), ("", []), (None, [])]:
         log.unlink() if found is None else log.write_text(found)
-        run = train.Run(train.parse(["--resume", "run"]))
-        train.accelerate(run)
-        train.start(run, "")
+        train.begin_log(train.Run(train.parse(["--resume", "run"])), Path("run"))
         assert log.read_text() == "\n".join([head, *kept, ""])
 
 
 def test_the_teacher_stays_as_it_was_and_validation_changes_nothing(place, settings):
-    runs = [train.train(settings(f"run{n}", family="swinir", steps=3, val_every=n)) for n in (1, 3)]
+    runs = [train.train(settings(f"run{n}", family="swinir", steps=3, val_every=n))[0] for n in (1, 3)]
     teacher = runs[0].teacher
     assert equal(runs[0].averaged, runs[1].averaged)
     assert equal(teacher.parameters(), models.load(place / "swinir_x4.pt").parameters())
@@ -290,15 +289,13 @@ def test_init_starts_with_the_function_of_the_file(tmp_path, settings):
     args = settings(student="edsr_c8b3", init=tmp_path / "given.pt")
     x = torch.rand(1, 3, 8, 8)
     assert torch.allclose(train.Run(args).student(x), given(x), atol=1e-6)
-    run = train.train(args)
-    again = train.Run(train.parse(["--resume", str(tmp_path / "run")]))
+    run, out = train.train(args)
+    again = train.Run(train.parse(["--resume", str(out)]))
     assert torch.equal(again.student(x), run.student(x)) and torch.equal(again.ema(x), run.ema(x))
 
 
 def test_a_run_of_hours_says_so_before_its_first_step(settings, capsys):
-    run = train.Run(settings(steps=72))
-    run.seconds, run.peak_gib = 100, None  # of the step that was tried
-    train.start(run, "python train.py --teacher x")
+    train.introduce(train.Run(settings(steps=72)), "run", dict(first_step_s=100))
     hint = "about 2 hours. It can be stopped and resumed at any time. --quick takes minutes\n"
     assert hint in capsys.readouterr().err
 
@@ -313,12 +310,11 @@ def test_a_tenth_of_the_images_is_held_out(tmp_path, count, held):
 
 def test_a_run_takes_the_next_free_name(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    args = train.parse(words(place, "", steps=1, method="kd", student="edsr_c16b3"))
-    first, second = train.train(args), train.train(args)
-    assert (first.out, second.out) == (Path("runs/kd_edsr_c16b3_x4"), Path("runs/kd_edsr_c16b3_x4_2"))
-    printed = capsys.readouterr()
-    assert "loss    L = 1·rec + 1·kd\n" in printed.out and "mean=[0.4488, 0.4371, 0.404]" in printed.out
-    assert "note: the student is larger than its teacher" in printed.err
+    args = train.parse(words(place, "", steps=1, method="kd"))
+    folders = [train.train(args)[1] for _ in range(3)]
+    assert folders == [Path(f"runs/kd_edsr_c4b3_x4{ending}") for ending in ("", "_2", "_3")]
+    printed = capsys.readouterr().out
+    assert "loss    L = 1·rec + 1·kd\n" in printed and "mean=[0.4488, 0.4371, 0.404]" in printed
 
 
 def test_feature_maps_that_do_not_fit_are_refused_before_a_folder_is_made(place, tmp_path, capsys):
@@ -351,7 +347,7 @@ def launch(argv, log, before=bool, **environment):
 def test_two_processes_equal_one(place, tmp_path, settings):
     """Without zoom-in, for which each process draws crops and F of its own."""
     given = dict(batch=4, lambda_zoom_in=0)
-    one = train.train(settings("one", **given))
+    one, _ = train.train(settings("one", **given))
     group = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(29_000 + os.getpid() % 1000))
     argv = words(place, tmp_path / "two", **given)
     for process in [launch(argv, tmp_path / f"log{rank}_", RANK=rank, **group) for rank in "01"]:
@@ -362,13 +358,13 @@ def test_two_processes_equal_one(place, tmp_path, settings):
         assert float(a["total"]) == pytest.approx(float(b["total"]), rel=1e-5)
 
 
-def results(run, count, optimise=False):
-    """What forward_backward returns for the patches of the first steps, and the gradients that it leaves."""
-    found = []
-    for step in range(count):
-        lr, hr = run.patches[step]
-        torch.manual_seed(step)
-        terms = run.forward_backward(lr, hr)
+def results(run, count, optimise=False, step=None):
+    """What a step returns for the patches of the first steps, and the gradients that it leaves."""
+    step, found = step or functools.partial(train.forward_backward, run), []
+    for number in range(count):
+        lr, hr = run.patches[number]
+        torch.manual_seed(number)
+        terms = step(lr, hr)
         found.append(torch.cat([terms, *(w.grad.flatten() for w in run.parameters)]))
         if optimise:
             run.optimizer.step()
@@ -416,10 +412,10 @@ def test_a_step_reads_no_value_from_the_device(settings, family):
     weights = {f"lambda_{term}": 1 for term in dukd.TERMS}
     run = train.Run(settings("run", "--augment-zoom-out", family=family, crops=2, **weights))
     lr, hr = run.patches[0]
-    run.forward_backward(lr, hr)  # bicubic's weights are made once
+    train.forward_backward(run, lr, hr)  # bicubic's weights are made once
     called = []
     with Log():
-        run.forward_backward(lr, hr)
+        train.forward_backward(run, lr, hr)
     forbidden = "_local_scalar|lift_fresh|nonzero|unique|masked_select|float64"
     assert len(called) > 100 and not [name for name in called if re.search(forbidden, name)]
 
@@ -433,7 +429,8 @@ def test_cuda_is_the_gpu_of_the_process_under_torchrun(monkeypatch):
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_compiled_blocks_give_the_same_step_and_leave_pictures_alone(settings, monkeypatch, capsys, works):
+def test_compiled_blocks_give_the_same_step_and_leave_pictures_alone(settings, tmp_path, monkeypatch, capsys,
+                                                                     works):
     """Also where the compiler fails. Pictures are those of validation and compare.png, of other sizes."""
     compiled, original = [], torch.compile
 
@@ -442,17 +439,16 @@ def test_compiled_blocks_give_the_same_step_and_leave_pictures_alone(settings, m
         return graph.forward if works else 1 / 0
     monkeypatch.setattr(torch, "compile", lambda block, **given: original(block, backend=backend, **given))
     plain, other = train.Run(settings()), train.Run(settings())
+    data.NOTES.clear()
     train.compile_blocks(other, other.patches[0])
     printed = capsys.readouterr().err
     assert ("ZeroDivisionError" in printed and "torch.compile fails" in printed) != works
     assert torch.equal(results(plain, 3), results(other, 3))
     count = len(compiled)
-    train.accelerate(other)
-    assert not torch.backends.cudnn.benchmark  # it would search for each size of picture
-    train.start(other, "")
+    train.introduce(other, tmp_path, dict(first_step_s=0))
     other.step = 4
-    train.finish(other)
-    assert len(compiled) == count > 0 and (other.out / "compare.png").exists()
+    train.finish(other, tmp_path, 0)
+    assert len(compiled) == count > 0 and (tmp_path / "compare.png").exists()
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -467,11 +463,11 @@ def test_on_a_gpu_the_recorded_step_gives_the_plain_one(settings, monkeypatch, f
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     args = settings(family=family, device="cuda", precision=precision, crops=2, lr=1e-3)
     plain, recorded = train.Run(args), train.Run(args)
-    train.accelerate(recorded)
-    assert isinstance(recorded.forward_backward, train.Recorded)
+    step = train.fast_step(recorded, recorded.patches[0])
+    assert isinstance(step, train.Recorded) and not torch.backends.cudnn.benchmark
     for _ in range(2):
         optimise = precision == "float32"
-        expected, found = results(plain, 8, optimise), results(recorded, 8, optimise)
+        expected, found = results(plain, 8, optimise), results(recorded, 8, optimise, step)
         tolerance = 1e-3 if precision == "float32" else 2e-2
         assert (found - expected).norm() < tolerance * expected.norm()
         recorded.score(train.evaluate.upscaler(recorded.ema), "student")
@@ -482,25 +478,25 @@ def test_on_a_gpu_the_recorded_step_gives_the_plain_one(settings, monkeypatch, f
 def test_on_a_gpu_a_replay_draws_what_its_seed_says(settings, family):
     """The crops, F, and SwinIR's drop-path are drawn inside the graph."""
     run = train.Run(settings(family=family, device="cuda"))
-    train.accelerate(run)
     patches = [x.clone() for x in run.patches[0]]
+    step = train.fast_step(run, run.patches[0])
 
     def loss(seed):
         torch.manual_seed(seed)
-        return run.forward_backward(*patches)[-1].item()
+        return step(*patches)[-1].item()
     first, other, again = loss(1), loss(2), loss(1)
     assert first == pytest.approx(again, rel=1e-5) and abs(first - other) > 1e-4 * first
 
 
 @needs_gpu
 def test_on_a_gpu_a_run_is_resumed(settings):
-    run = train.train(settings(device="cuda", steps=20, val_every=10))
-    again = train.Run(train.parse(["--resume", str(run.out)]))
+    run, out = train.train(settings(device="cuda", steps=20, val_every=10))
+    again = train.Run(train.parse(["--resume", str(out)]))
     assert again.step == 20
     assert equal(run.parameters, again.parameters) and equal(run.averaged, again.averaged)
     state = next(iter(again.optimizer.state.values()))
     assert state["step"].device == again.device and again.optimizer.param_groups[0]["fused"]
-    assert json.loads((run.out / "config.json").read_text())["peak_gib"] > 0
+    assert json.loads((out / "config.json").read_text())["peak_gib"] > 0
 
 
 @needs_gpu
