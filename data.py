@@ -70,13 +70,15 @@ def read_image(path):
 
 def find_images(places):
     """The image files at `places`: files, and folders, whose images come sorted by name (see `images_in`).
-    A file that is found twice, also by a link, comes once. DataError for a missing place or dangling link."""
-    found = {}
+    A file that is found again, as by a link, is left out with a note. DataError for a missing place or link."""
+    found, again = {}, 0
     for place in map(Path, places):
         for path in images_in(place) if place.is_dir() else [place]:
             if not path.exists():
                 raise DataError(f"{path} does not exist, or is a link to a file that does not exist")
-            found.setdefault(path.resolve(), path)
+            again += found.setdefault(path.resolve(), path) != path
+    if again:
+        note(f"{again} pictures of {places[0]} are left out, as links to others, or named twice")
     return list(found.values())
 
 
@@ -97,17 +99,22 @@ def images_in(folder):
 
 
 def find_hr(places):
-    """`find_images` for HR. DataError where a folder has a picture twice, as a_HR and a_LR, or 1 and 1x4."""
-    images, found = find_images(places), {}
-    scale = r"([_-]|(?<=[0-9]))x[12348]"  # 1x4 and fox_x4, not fox1
-    ending = re.compile(rf"(?<=.)({scale}|[_-](HR|LR|LRBI|SR|GT)(x?[2348])?)+$", re.IGNORECASE)
+    """`find_images` for HR. DataError where a folder has a picture twice: as a_HR and a_LR, or as a and a_x4.
+    Names like tile_x1 and tile_x2, or fox1 and fox3, are those of different pictures."""
+    kind, size = "[_-](HR|LR|LRBI|SR|GT)(x?[2348])?", "[_-]?x[2348]"
+    images, found = find_images(places), {}  # found: {(folder, name without a kind): path}
     for path in images:
-        name = ending.sub("", path.stem)
-        twin = found.setdefault((path.parent, name), path)
-        if twin != path:
-            raise DataError(f"{twin} and {path} look like one picture twice, such as HR and LR: keep HR in a "
-                            "folder of its own")
+        name = re.sub(f"(?<=.){kind}(?=({size})?$)", "", path.stem, flags=re.IGNORECASE)
+        refuse_twin(path, found.setdefault((path.parent, name), path))
+    for (folder, name), path in found.items():
+        refuse_twin(path, found.get((folder, re.sub(f"(?<=.){size}$", "", name)), path))
     return images
+
+
+def refuse_twin(path, twin):
+    if twin != path:
+        raise DataError(f"{twin} and {path} look like one picture twice, such as HR and LR: keep HR in a folder "
+                        "of its own")
 
 
 def embedded(names):
@@ -159,8 +166,15 @@ def read_pair(path, scale, least=1, cache=None):
 
 
 def read_all(paths, scale, least=1):
-    """[(path, lr, hr)] by `read_pair`. One DataError names all that cannot be used."""
-    return for_each(paths, lambda path: (path, *read_pair(path, scale, least)))
+    """[(path, lr, hr)] by `read_pair`, to be scored. One DataError names all that cannot be used. Pictures of
+    one colour are left out with a note: their PSNR, far above others' or infinite, would decide a mean."""
+    pictures = for_each(paths, lambda path: (path, *read_pair(path, scale, least)))
+    flat = [path for path, lr, hr in pictures if (hr == hr[0, 0]).all()]
+    if flat:
+        note(f"pictures of one colour are not scored: {', '.join(map(str, flat))}")
+    if len(flat) == len(pictures) > 0:
+        raise DataError(f"{flat[0]} is of one colour, and no other picture is there to be scored")
+    return [picture for picture in pictures if picture[0] not in flat]
 
 
 def for_each(paths, function):

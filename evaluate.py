@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -136,19 +137,26 @@ def resizer(scale):
     return lambda path, lr: data.imresize(lr, scale)
 
 
+def composed(name):
+    """A name with ä as one letter (NFC). macOS may write it as two (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
 def reader(place, scale, names):
     """The maker that reads pictures of another tool from the folder `place`. For the HR picture baby it reads
     baby, babyx4 or baby_x4, or else the only babyx4_ANY or baby_ANY. names: of all HR pictures; where several
     fit a file, the longest counts. DataError for no file, for several, and for a wrong size."""
-    owned = {name: [] for name in names}
+    owned = {composed(name): [] for name in names}
     for file in data.find_images([place]):
-        owners = [name for name in names if re.fullmatch(rf"{re.escape(name)}(x{scale})?(_.+)?", file.stem)]
+        stem = composed(file.stem)
+        owners = [name for name in owned if re.fullmatch(rf"{re.escape(name)}(x{scale})?(_.+)?", stem)]
         if owners:
             owned[max(owners, key=len)].append(file)
 
     def make(path, lr):
-        name = path.stem
-        exact = [file for file in owned[name] if file.stem in (name, f"{name}x{scale}", f"{name}_x{scale}")]
+        name = composed(path.stem)
+        forms = (name, f"{name}x{scale}", f"{name}_x{scale}")
+        exact = [file for file in owned[name] if composed(file.stem) in forms]
         found = exact or owned[name]
         if len(found) != 1:
             files = " and ".join(file.name for file in found) or "no picture"
@@ -263,21 +271,30 @@ def write_figure(target, makers, path, lr, hr, scale):
 
 def upscale_files(make, source, out, scale):
     """Upscales a picture into a file or a folder, or a folder's pictures into a folder. What exists is kept.
+    In the folder of the pictures, NAME_xS beside NAME is a result, and is passed over.
     A picture that cannot be used does not stop the others: the DataError at the end names all of them."""
-    out, paths, errors = Path(out), data.find_images([source]), []
+    out, paths, kept, errors = Path(out), data.find_images([source]), [], []
+    if out.is_dir() and out.samefile(source):
+        results = {f"{path.stem}_x{scale}" for path in paths}
+        kept = [path for path in paths if path.stem in results]
+        paths = [path for path in paths if path not in kept]
     targets = [out / f"{path.stem}_x{scale}.png" for path in paths]
     if out.suffix and not out.is_dir() and not Path(source).is_dir():
         targets = [out]
     if len({*targets}) < len(targets):
         raise data.DataError(f"{source} holds two pictures of the same name, such as a.png and a.bmp")
-    for path, target in tqdm([*zip(paths, targets)], unit="picture", delay=1, ncols=80):
-        if target.exists():
-            tqdm.write(f"{target} exists already and is kept")
-            continue
+    for path, target in tqdm([*zip(paths, targets)], unit="picture", delay=1, leave=False, ncols=80):
         try:
-            upscale_file(make, path, target, scale)
+            if target.exists():
+                kept.append(target)
+            else:
+                upscale_file(make, path, target, scale)
         except data.DataError as e:
             errors.append(str(e))
+        except OSError as e:  # a name that is too long, a full disk
+            errors.append(f"{target} cannot be written: {e.strerror}")
+    for target in kept:
+        print(f"{target} exists already and is kept")
     data.refuse(errors, len(paths))
 
 
@@ -314,15 +331,15 @@ def write_picture(path, image, profile=None):
 
 def parse(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("models", nargs="*", metavar="MODEL", help="checkpoints, and the word bicubic")
-    p.add_argument("--data", nargs="+", default=[], metavar="DIR", help="folders of HR, one a column")
-    p.add_argument("--sr", nargs="+", default=[], metavar="DIR", help="folders of SR, one a row")
+    p.add_argument("models", type=FILE, nargs="*", metavar="MODEL", help="checkpoints, and the word bicubic")
+    p.add_argument("--data", type=FILE, nargs="+", default=[], metavar="DIR", help="sets of HR, one a column")
+    p.add_argument("--sr", type=FILE, nargs="+", default=[], metavar="DIR", help="folders of SR, one a row")
     p.add_argument("--scale", type=int, choices=models.SCALES, help="s, where no checkpoint tells it")
-    p.add_argument("--against", metavar="MODEL", help="compare with its pictures, not with HR")
-    p.add_argument("--json", metavar="FILE", help="write the table and each picture's scores")
-    p.add_argument("--figure", metavar="FILE", help="write crops of the first picture: HR, and each row's")
-    p.add_argument("--input", metavar="FILE|DIR", help="pictures to upscale")
-    p.add_argument("--output", metavar="FILE|DIR", help="where the upscaled pictures are written")
+    p.add_argument("--against", type=FILE, metavar="MODEL", help="compare with its pictures, not with HR")
+    p.add_argument("--json", type=FILE, metavar="FILE", help="write the table and each picture's scores")
+    p.add_argument("--figure", type=FILE, metavar="FILE", help="write crops of the first picture side by side")
+    p.add_argument("--input", type=FILE, metavar="FILE|DIR", help="pictures to upscale")
+    p.add_argument("--output", type=FILE, metavar="FILE|DIR", help="where the upscaled pictures are written")
     p.add_argument("--tile", type=between(0, 10**6, int), metavar="N",
                    help=f"LR pixels a side of a tile's core; 0: none [0, with --input {TILE}]")
     p.add_argument("--self-ensemble", action="store_true", help="mean over eight flips and transpositions")
@@ -388,6 +405,43 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {' '.join(message.split())} (see --help)\n")
 
 
+def forget(stream):
+    """Has what is written to a stream go nowhere, also what Python flushes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Lasting:
+    """A stream to which a program goes on writing after its terminal or pipe was closed."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except OSError:
+            forget(self.stream)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            forget(self.stream)
+
+
+@contextlib.contextmanager
+def lasting_streams():
+    """Within, stdout and stderr are `Lasting`."""
+    with contextlib.redirect_stdout(Lasting(sys.stdout)), contextlib.redirect_stderr(Lasting(sys.stderr)):
+        yield
+
+
+FILE = os.path.expanduser  # an argparse type: the shell leaves the ~ of --out=~/x
+
+
 def between(low, high, kind=float):
     """An argparse type: a number from low to high."""
     def number(text):
@@ -415,12 +469,19 @@ def pick_device(name=""):
 @contextlib.contextmanager
 def command_line(*kinds):
     """What a program's main() runs in. Errors that users can cause, and those of `kinds`, end the program
-    with one line and exit code 2. A letter that the terminal's encoding lacks becomes a question mark."""
+    with one line and exit code 2. A letter that the terminal's encoding lacks becomes a question mark. Where
+    stdout or stderr is closed, what is printed is lost; where a pipe is closed, the program ends quietly."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not every replacement of sys.stdout has it
             stream.reconfigure(errors="replace")
     try:
         yield
+        sys.stdout.flush()
+        return
+    except BrokenPipeError:
+        forget(sys.stdout)
         return
     except (data.DataError, models.CheckpointError, *kinds) as e:
         message = str(e)
@@ -434,6 +495,7 @@ def command_line(*kinds):
             raise
         message = "out of memory: smaller batches, patches or tiles need less"
     for bar in list(getattr(tqdm, "_instances", ())):  # an open bar would share the error's line
+        bar.leave = False
         bar.close()
     print("error:", " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)

@@ -22,12 +22,14 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import data
@@ -39,13 +41,24 @@ QUICK = dict(steps=1300, batch=2, patch=24, lr=1.4e-3, schedule="cosine")
 MAY_CHANGE = {"resume", "teacher", "data", "val", "cache", "device", "compile", "val_every"}  # with --resume
 
 
+RENDEZVOUS = datetime.timedelta(minutes=10)  # how long torchrun's processes wait for each other at the start,
+SCORING = datetime.timedelta(hours=5)  # and later, while the first one scores
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used. The message says which, why, and what to do."""
 
 
 between = evaluate.between
+FILE = evaluate.FILE
 WEIGHT, COUNT, SIZE = between(0, 1e6), between(1, 10**9, int), between(1, 10**4, int)
 OPERATIONS = list(dukd.InvertibleAugmentation.OPERATIONS)
+
+
+def run_folder(text):
+    """An argparse type: a run's folder, or a file in it."""
+    path = FILE(text)
+    return os.path.dirname(path) or "." if os.path.isfile(path) else path
 
 
 def parse(argv):
@@ -55,7 +68,7 @@ def parse(argv):
     g = first.add_argument_group("what sets the defaults of the others")
     g.add_argument("--method", choices=dukd.METHODS, default="dukd", help="weights of the loss, see below")
     g.add_argument("--quick", action="store_true", help="minutes on a CPU: 1300 steps of two small patches")
-    g.add_argument("--resume", metavar="DIR", default="", help="go on with the run in this folder")
+    g.add_argument("--resume", type=run_folder, metavar="DIR", default="", help="go on with this run")
     chosen, _ = first.parse_known_args(argv)
 
     lines = [f"  {name:8} L = {equation(weights)}" for name, weights in dukd.METHODS.items()]
@@ -63,13 +76,16 @@ def parse(argv):
     p = evaluate.Parser(description=__doc__, epilog=methods, parents=[first], allow_abbrev=False,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("networks and pictures")
-    g.add_argument("--teacher", metavar="FILE", default="", help="the frozen f_T, of any known format")
+    g.add_argument("--teacher", type=FILE, metavar="FILE", default="", help="the frozen f_T, of any known format")
     g.add_argument("--student", default="small", help=f"f_S: small (the paper's), {models.NAMES_HELP}")
     g.add_argument("--scale", type=int, choices=models.SCALES, default=0, help="s [the teacher's, else 4]")
-    g.add_argument("--data", metavar="DIR", nargs="+", default=[], help="HR [scikit-image's photographs]")
-    g.add_argument("--val", metavar="DIR", nargs="+", default=[], help="held-out HR [1 to 10 of --data]")
-    g.add_argument("--init", metavar="FILE", default="", help="what the student starts from, of any scale")
-    g.add_argument("--out", metavar="DIR", default="", help="run folder [a new runs/METHOD_STUDENT_xSCALE]")
+    g.add_argument("--data", type=FILE, nargs="+", default=[], metavar="DIR",
+                   help="HR [scikit-image's photographs]")
+    g.add_argument("--val", type=FILE, nargs="+", default=[], metavar="DIR",
+                   help="held-out HR [1 to 10 of --data]")
+    g.add_argument("--init", type=FILE, metavar="FILE", default="", help="what the student starts from")
+    g.add_argument("--out", type=FILE, metavar="DIR", default="",
+                   help="run folder [a new runs/METHOD_STUDENT_xSCALE]")
 
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=COUNT, default=250_000, help="updates of the whole run [%(default)s]")
@@ -97,7 +113,7 @@ def parse(argv):
                    help="of the networks [auto: bfloat16 where the device computes in it]")
     g.add_argument("--compile", choices=("graph", "blocks", "no"), default="graph",
                    help="on CUDA: compile the networks' blocks, and record the step as a graph [%(default)s]")
-    g.add_argument("--cache", metavar="DIR", default="runs/cache", help="decoded pictures [%(default)s]")
+    g.add_argument("--cache", type=FILE, metavar="DIR", default="runs/cache", help="decoded pictures [%(default)s]")
     g.add_argument("--val-every", metavar="STEPS", type=between(0, 10**9, int), default=0,
                    help="between validations [a tenth of the run, at most 5000]; one more at step 100")
 
@@ -167,6 +183,7 @@ def train(args, command="python train.py"):
         bicubic = introduce(run, out, cost)
 
     window, began = [], time.perf_counter()  # the terms of each step since the last row of the log
+    rows = []  # of the log, to be written
     bar = tqdm(total=args.steps, initial=run.step, disable=run.rank > 0, ncols=80, mininterval=0.5,
                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
     with caught_signals() as signals, bar:
@@ -197,9 +214,12 @@ def train(args, command="python train.py"):
             if run.rank == 0:
                 if validating:
                     run.psnr = run.score(evaluate.upscaler(run.ema, evaluate.TILE), "student")
-                run.write_row(out, means, validating, ms)
+                rows.append(run.row(means, validating, ms))
+                with denied_writes_are_tried_again(run):
+                    add_rows(out, rows)
                 if validating:
-                    run.save(out)
+                    with denied_writes_are_tried_again(run):
+                        run.save(out)
                 psnr = "?" if math.isnan(run.psnr) else f"{run.psnr:.2f}"
                 bar.set_postfix_str(f"loss {means[-1]:.4f}, {psnr} dB (bicubic {bicubic:.2f})", False)
             window, began = [], time.perf_counter()
@@ -214,18 +234,36 @@ def train(args, command="python train.py"):
 
 @contextlib.contextmanager
 def caught_signals():
-    """Yields a list that gets the number of a SIGINT or SIGTERM. A second signal ends the program."""
-    caught = []
+    """Yields a list that gets the number of a signal that asks the program to end: Ctrl-C, SIGTERM, a closed
+    terminal (unless nohup ignores it), a cluster's SIGUSR1. A second one ends it at once. In a thread other
+    than the main one, Python allows no signals."""
+    caught, before = [], {}
 
     def handle(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)  # Windows has two of them
+        ignored = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
+        if number and not ignored and threading.current_thread() is threading.main_thread():
+            before[number] = signal.signal(number, handle)
     try:
         yield caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def denied_writes_are_tried_again(run):
+    """Training goes on after a denied write, as of a log.csv that Excel has open: the next one makes up for it.
+    Only the last one may fail."""
+    try:
+        yield
+    except PermissionError as e:
+        if run.step == run.args.steps:
+            raise
+        data.note(f"{e.filename} cannot be written now ({e.strerror}). It is tried again later")
 
 
 def any_process_has(signals, run):
@@ -242,7 +280,7 @@ class Run:
 
     def __init__(self, args):
         self.args = args
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = processes()
         self.device = set_up_device(args.device)
         self.precision = choose_precision(args.precision, self.device)
         self.weights = {term: getattr(args, f"lambda_{term}") for term in dukd.TERMS}
@@ -257,7 +295,7 @@ class Run:
         checkpoint = read_checkpoint(args.resume, self.identity) if args.resume else None
 
         if self.world > 1:
-            join_processes(self.rank, self.device)
+            join_processes(self.rank, self.world, self.device)
         self.patches = data.Patches(train_paths, args.patch, self.scale, args.batch, args.seed, args.cache,
                                     self.device, self.rank, self.world)
         self.held = data.read_all(val_paths, self.scale, least=8)  # [(path, lr, hr)]
@@ -300,8 +338,8 @@ class Run:
         raw = self.student.state_dict()
         models.save(out / "student.pt", self.ema, raw)
         if self.psnr > self.best:
-            self.best = self.psnr
             models.save(out / "best.pt", self.ema, raw)
+            self.best = self.psnr
         with models.replacing(out / "last.ckpt") as f:
             torch.save(self.state(), f)
 
@@ -310,13 +348,12 @@ class Run:
         """Mean PSNR on Y over the held-out pictures of what `make` makes of their LR. In float32."""
         return evaluate.score(make, self.held, self.scale, f"held-out pictures, {label}", ssim=False)["psnr"]
 
-    def write_row(self, out, means, validated, ms):
-        """Adds a row to log.csv: the means of the terms since the last row, a new PSNR, ms a step."""
-        row = [self.step, f"{learning_rate(self.step - 1, self.args):.3g}"]
+    def row(self, means, validated, ms):
+        """A row of log.csv: the means of the terms since the last row, a new PSNR, ms a step."""
+        row = [str(self.step), f"{learning_rate(self.step - 1, self.args):.3g}"]
         row += [f"{mean:.8g}" for mean in means]
         row += [f"{self.psnr:.4f}" if validated else "", f"{ms:.2f}"]
-        with open(out / "log.csv", "a") as f:
-            print(*row, sep=",", file=f)
+        return ",".join(row) + "\n"
 
     def check_finite(self, loss):
         """ConfigError where the loss or a weight is NaN or infinite. L1's gradient takes a NaN for 0."""
@@ -324,6 +361,17 @@ class Run:
         if not (math.isfinite(loss) and norm.isfinite()):
             raise ConfigError(f"the loss or the weights are not finite after step {self.step}. last.ckpt is "
                               "older, and good. A lower --lr or --precision float32 may help")
+
+
+def processes():
+    """(rank, world): which process of torchrun this is, and of how many."""
+    given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    if given["WORLD_SIZE"] in ("", "1"):
+        return 0, 1
+    if missing := [name for name, value in given.items() if not value]:
+        raise ConfigError(f"WORLD_SIZE={given['WORLD_SIZE']} is set, but no {missing[0]}: start with torchrun, or "
+                          "unset WORLD_SIZE for one process")
+    return int(given["RANK"]), int(given["WORLD_SIZE"])
 
 
 def set_up_device(name):
@@ -356,6 +404,9 @@ def check_settings(args, teacher, world):
         raise ConfigError("--student small needs a --teacher; or name a size")
     if teacher and args.scale not in (0, teacher.scale):
         raise ConfigError(f"{args.teacher} is for x{teacher.scale}, not x{args.scale}: leave --scale out")
+    if teacher and not teacher.taps and (args.lambda_fitnet or args.lambda_at or args.lambda_fakd):
+        raise ConfigError(f"a teacher of {teacher.config['arch']} has no feature maps here: fitnet, at and "
+                          "fakd need EDSR, RCAN or SwinIR")
     if args.batch % world:
         raise ConfigError(f"--batch {args.batch} cannot be shared by {world} processes")
     if not args.resume and os.path.isdir(args.out) and os.listdir(args.out):
@@ -403,15 +454,17 @@ def read_checkpoint(folder, identity):
     return state
 
 
-def join_processes(rank, device):
+def join_processes(rank, world, device):
     """Joins the processes that torchrun has started. Only the first one, of rank 0, prints."""
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
-    patience = datetime.timedelta(hours=5)  # while the first process scores
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device, timeout=patience)
-    else:
-        dist.init_process_group("gloo", timeout=patience)
+    backend = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+    try:
+        store, *_ = next(rendezvous("env://", rank, world, timeout=RENDEZVOUS))
+    except (RuntimeError, ValueError) as e:
+        raise ConfigError(f"{world} processes do not find each other ({str(e).splitlines()[0]}): start them "
+                          "with torchrun") from None
+    dist.init_process_group(store=store, rank=rank, world_size=world, timeout=SCORING, **backend)
 
 
 def build_student(args, teacher, scale):
@@ -454,6 +507,7 @@ def new_folder(args, scale):
     Of runs that start together, each gets its own."""
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
+        open(Path(args.out, "log.csv"), "x").close()  # FileExistsError in all runs but the first
         return Path(args.out)
     name = f"runs/{args.method}_{args.student}_x{scale}"
     for ending in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
@@ -490,6 +544,13 @@ def begin_log(run, out):
         f.write("".join(rows).encode())
 
 
+def add_rows(out, rows):
+    """Adds rows to log.csv, and empties the list."""
+    with open(out / "log.csv", "a") as f:
+        f.writelines(rows)
+    rows.clear()
+
+
 def introduce(run, out, cost):
     """Says what is about to run, and how good bicubic and teacher are. Returns bicubic's held-out PSNR."""
     args = run.args
@@ -502,7 +563,10 @@ def introduce(run, out, cost):
     sys.stdout.flush()
     bicubic, teacher = run.score(evaluate.resizer(run.scale), "bicubic"), ""
     if run.teacher:
-        teacher = f", teacher {run.score(evaluate.upscaler(run.teacher, evaluate.TILE), 'teacher'):.2f} dB"
+        psnr = run.score(evaluate.upscaler(run.teacher, evaluate.TILE), "teacher")
+        teacher = f", teacher {psnr:.2f} dB"
+        if psnr < bicubic:
+            data.note("the teacher is below bicubic: is it a GAN's, or of another mean or range?")
     print(f"held-out PSNR: bicubic {bicubic:.2f} dB{teacher}")
     print("loss    L =", equation(run.weights))
     where = f"on {run.device} in {run.precision}"
@@ -520,7 +584,7 @@ def finish(run, out, bicubic):
     if run.step < run.args.steps:
         run.save(out)
         print(f"stopped after step {run.step} of {run.args.steps}; go on with: "
-              f"python train.py --resume {shlex.quote(str(out))}")
+              f"python train.py --resume {shlex.quote(out.as_posix())}")
         return
     makers = dict(bicubic=evaluate.resizer(run.scale))
     if run.teacher:
@@ -603,7 +667,7 @@ def start_anew(*words):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    with evaluate.command_line(ConfigError):
+    with evaluate.command_line(ConfigError), evaluate.lasting_streams():
         train(parse(argv), command=shlex.join(["python", "train.py", *argv]))
 
 

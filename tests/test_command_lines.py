@@ -120,7 +120,7 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(place, monkeypatch, ca
     ("x2.pt --input twins --output new", "twins holds two pictures of the same name"),
     ("x2.pt --input file.txt --output new.png", "file.txt is not a readable image"),
     ("x2.pt --input val/im0.png --output new.xyz", "new.xyz cannot be written: its ending names no known"),
-    ("x2.pt --input val/im0.png --output file.txt/new", "file.txt/new cannot be read or written"),
+    ("x2.pt --input val/im0.png --output file.txt/new", "file.txt/new/im0_x2.png cannot be written"),
     ("x2.pt --input val --output file.txt", "file.txt")])
 def test_wrong_words_for_evaluate(place, monkeypatch, capfd, words, named):
     assert named in refused(evaluate.main, words, place, monkeypatch, capfd)
@@ -139,6 +139,39 @@ def test_the_scripts_themselves_end_with_one_line_and_exit_code_2(tmp_path, name
     done = script(name, *words.split(), cwd=tmp_path, text=True)
     assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1
     assert not done.stdout and not any(tmp_path.iterdir())
+
+
+SCORE = "evaluate.py bicubic --scale 2 --data val train"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="bash")
+@pytest.mark.parametrize("command, code, words", [
+    (f"{SCORE} >&-", 0, ""), (f"{SCORE} 2>&-", 0, "bicubic"), (f"{SCORE} | head -1; exit ${{PIPESTATUS[0]}}", 0, ""),
+    ("evaluate.py bicubic --scale 2 --data nowhere >&-", 2, "error: nowhere"),
+    (f"train.py {NEW} --data train --val val --out OUT >&-", 0, ""),
+    (f"train.py {NEW} --data train --val val --out OUT 2>&-", 0, "held-out PSNR"),
+    (f"train.py {NEW} --data train --val val --out OUT 2>&1 | true; exit ${{PIPESTATUS[0]}}", 0, "")])
+def test_streams_may_be_closed(place, tmp_path, command, code, words):
+    """As a service's may be, or a pipe to head. A run is whole all the same."""
+    command = command.replace("OUT", f"{tmp_path}/run").replace("../c", f"{tmp_path}/c")
+    done = subprocess.run(["bash", "-c", f"{sys.executable} {ROOT}/{command}"], capture_output=True, text=True,
+                          cwd=place)
+    assert done.returncode == code and words in done.stdout + done.stderr and "Exception" not in done.stderr
+    assert ("train.py" in command) == (tmp_path / "run" / "compare.png").exists()
+
+
+@pytest.mark.parametrize("main, words, made", [
+    (evaluate.main, "~/x2.pt --input=~/val/im0.png --output=~/big.png", "big.png"),
+    (evaluate.main, "~/x2.pt --data ~/val --json=~/table.json --figure=~/f.png", "table.json"),
+    (train.main, f"{NEW} --teacher=~/x2.pt --data=~/train --val=~/val --cache=~/c --out=~/new_run", "new_run"),
+    (train.main, "--resume=~/new_run --device cpu", "c")])
+def test_a_tilde_is_the_home_folder(place, tmp_path_factory, monkeypatch, main, words, made):
+    """The shell leaves it alone behind an equals sign."""
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setenv("USERPROFILE", str(place))  # Windows
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    main(words.split())
+    assert (place / made).exists() and not Path("~").exists()
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp932", "ascii"])

@@ -181,7 +181,7 @@ def test_find_images_sorts_folders_and_says_once_what_it_leaves_out(tmp_path, ca
 @pytest.mark.parametrize("first, second", [
     ("img_001_SRF_4_HR.png", "img_001_SRF_4_LR.png"),  # SelfExSR's
     ("Canon_001_HR.png", "Canon_001_LR4.png"),  # RealSR's
-    ("a_HR_x4.png", "a_LRBI_x4.png"), ("a_hr.png", "a_lr.png"), ("P1_x4.png", "P1_x1.png"),
+    ("a_HR_x4.png", "a_LRBI_x4.png"), ("a_hr.png", "a_lr.png"), ("baby.png", "babyx4.png"),
     ("a.png", "a_x4_LR.png"), ("b_x4_HR.png", "b_x4_SR.png"), ("0801.png", "0801x4.png"),
     ("a.png", "a_x2.png"), ("a.bmp", "a.png")])
 def test_lr_beside_hr_is_refused(tmp_path, first, second):
@@ -192,7 +192,9 @@ def test_lr_beside_hr_is_refused(tmp_path, first, second):
 
 def test_other_names_and_folders_are_other_pictures(tmp_path):
     names = ["0001.png", "0002.png", "sea.png", "sea_shore.png", "x2.png", "HR.png", "a_LRT.png", "ax4b.png",
-             "fox1.png", "fox2.png"]
+             "fox1.png", "fox2.png", "box2_HR.png", "box3_HR.png",
+             "P1_x4.png", "P1_x1.png", "scene_y0_x1.png", "scene_y0_x2.png", "0x1.png", "0x2.png", "r0-x1.png",
+             "r0-x2.png", "paper_2x3.png", "paper_2x4.png"]  # tiles
     a, b = touch(tmp_path / "a", *names), touch(tmp_path / "b", "0001.png", "0002x4.png")
     assert len(data.find_hr([a, b])) == len(names) + 2
 
@@ -204,6 +206,24 @@ def test_a_file_in_several_places_is_found_once_and_a_dangling_link_is_named(tmp
     assert data.find_images([b / "0.png", a, "a", b, a / "1.png"]) == [b / "0.png", a / "1.png", a / "2.png"]
     (a / "2.png").unlink()
     refused(lambda: data.find_images([b]), f"{b / '3.png'} does not exist, or is a link")
+
+
+def test_links_to_one_file_are_counted_in_a_note(tmp_path, capsys):
+    """As content stores make them."""
+    a = touch(tmp_path / "a", "1.png", "2.png")
+    for name in ("3.png", "4.png"):
+        (a / name).symlink_to(a / "1.png")
+    assert len(data.find_images([a])) == 2
+    assert f"note: 2 pictures of {a} are left out, as links to others" in capsys.readouterr().err
+
+
+def test_pictures_of_one_colour_are_not_scored(tmp_path, capsys):
+    paths = [save(noise(16, 16, 3), tmp_path / "a.png")]
+    paths += [save(np.full((16, 16, 3), level, np.uint8), tmp_path / f"{level}.png") for level in (0, 128)]
+    assert [path for path, *_ in data.read_all(paths, 4)] == paths[:1]
+    assert f"note: pictures of one colour are not scored: {paths[1]}, {paths[2]}" in capsys.readouterr().err
+    refused(lambda: data.read_all(paths[1:], 4), f"{paths[1]} is of one colour")
+    assert len(data.Patches(paths, 2, 4, 1, 0, None).paths) == 3  # they may be trained on
 
 
 def test_the_embedded_photographs(monkeypatch, tmp_path):

@@ -1,7 +1,10 @@
 """Metrics against hand-computed values, tiles against the whole picture, and the command line."""
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -187,6 +190,16 @@ def test_results_are_found_by_name(tmp_path, files, found):
             raises(data.DataError, result, f"{file} for {name}: it needs one")
 
 
+def test_names_are_compared_as_one_form_of_unicode(tmp_path):
+    """macOS may write ä as two letters."""
+    one, two = "K\u00e4fer", "Ka\u0308fer"
+    for name, file in ((one, two), (two, one)):
+        save(np.zeros((4, 4, 3), np.uint8), tmp_path / f"{file}_x4.png")
+        make = evaluate.reader(tmp_path, 4, [name])
+        assert make(Path(f"{name}.png"), np.zeros((1, 1, 3))).shape == (4, 4, 3)
+        (tmp_path / f"{file}_x4.png").unlink()
+
+
 def test_a_json_that_cannot_be_written_ends_before_the_scoring(place, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "score", lambda *rest: pytest.fail("it has scored"))
     assert "set" in error(capsys, "bicubic", "--data", place / "set", "--scale", "4", "--json", place / "set")
@@ -262,6 +275,44 @@ def test_a_folder_is_upscaled_but_for_bad_and_finished_pictures(place, capsys, t
     assert lines == [f"{big / name}_x4.png exists already and is kept" for name in ("baby", "head")]
     assert (big / "head_x4.png").read_text() == "kept"
     assert iio.imread(big / "bird_x4.png").shape == (160, 256, 3)
+
+
+def test_in_the_folder_of_the_pictures_results_are_passed_over(place, capsys, tmp_path):
+    source = shutil.copytree(place / "set", tmp_path / "in")
+    for _ in range(2):
+        out = run(capsys, place / "a.pt", "--input", source, "--output", source)
+        assert sorted(path.name for path in source.glob("*_x4*")) == ["baby_x4.png", "bird_x4.png", "head_x4.png"]
+    assert f"{source / 'baby_x4.png'} exists already and is kept" in out
+
+
+def test_a_name_that_is_too_long_does_not_stop_the_others(place, capsys, tmp_path):
+    source, long = shutil.copytree(place / "set", tmp_path / "in"), "l" * 250
+    (source / "baby.png").rename(source / f"{long}.png")
+    line = error(capsys, place / "a.pt", "--input", source, "--output", tmp_path / "out")
+    assert f"{long}_x4.png cannot be written: File name too long" in line
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bird_x4.png", "head_x4.png"]
+    name = "l" * 246 + "_x4.png"
+    run(capsys, place / "a.pt", "--input", source / "bird.png", "--output", tmp_path / name)
+    assert (tmp_path / name).exists()  # 253 letters: nothing longer is written on the way
+
+
+def test_an_error_has_a_line_of_its_own(place, tmp_path):
+    """Also behind a progress bar, and behind pictures that are kept."""
+    source = shutil.copytree(place / "set", tmp_path / "in")
+    (source / "bad.png").write_text("text")
+    words = [sys.executable, evaluate.__file__, place / "a.pt", "--input", source, "--output", tmp_path / "out"]
+    for _ in range(2):
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 2 and re.split("[\r\n]", done.stderr)[-2].startswith("error: ")
+        assert not [line for line in re.split("[\r\n]", done.stderr) if "error: " in line[1:]]
+
+
+def test_an_open_bar_is_cleared_before_an_error(capsys):
+    with pytest.raises(SystemExit), evaluate.command_line():
+        steps = iter(evaluate.tqdm(range(9), mininterval=0))
+        next(steps)
+        raise data.DataError("what is wrong")
+    assert capsys.readouterr().err.endswith("\rerror: what is wrong\n")
 
 
 @pytest.mark.parametrize("shape, file", [((1, 4100, 3), "out.webp"), ((16400, 1, 3), "out.gif")])

@@ -1,7 +1,9 @@
 """train.py: settings in layers, one update, whole runs, resuming, several processes, and the faster step."""
 import contextlib
 import csv
+import datetime
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -9,6 +11,7 @@ import re
 import shutil
 import signal
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -192,6 +195,51 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, settings, monkeypatc
     assert_same_outcome(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_other_signals_end_a_run_as_ctrl_c_does(settings, monkeypatch, name):
+    """A closed terminal, and a cluster's warning. nohup ignores SIGHUP, and so does the run."""
+    number = getattr(signal, name)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        signals_at(2, patch, number)
+        train.train(settings("parts"))
+    assert end.value.code == 128 + number
+    run, _ = train.train(train.parse(["--resume", str(Path(settings("parts").out))]))
+    assert run.step == 4
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals_at(2, monkeypatch, signal.SIGHUP)
+    assert train.train(settings("other"))[0].step == 4
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread_goes_without_signals(settings):
+    with ThreadPoolExecutor() as pool:
+        run, out = pool.submit(train.train, settings()).result()
+    assert run.step == 4 and (out / "compare.png").exists()
+
+
+@pytest.mark.parametrize("denied", ["log.csv", "best.pt", "last.ckpt", "student.pt"])
+def test_a_denied_write_is_made_up_for(settings, monkeypatch, capsys, denied):
+    """As where Excel has the log open, or a virus scanner a checkpoint. At the end it is an error."""
+    given = dict(steps=4, val_every=1)
+    monkeypatch.setattr(train.Run, "score", lambda run, make, label: float(run.step))
+    whole = train.train(settings("whole", **given))[1]
+    replace, count = os.replace, itertools.count(1)
+
+    def deny(path):
+        if Path(path).name == denied and next(count) in when:
+            raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(os, "replace", lambda a, b: (deny(b), replace(a, b)))
+    monkeypatch.setattr(train, "open", lambda path, mode: (deny(path), open(path, mode))[1], raising=False)
+    when = {3} if denied == "log.csv" else {2}
+    out = train.train(settings("denied", **given))[1]
+    assert_same_outcome(whole, out)
+    assert f"{denied} cannot be written now (Permission denied). It is tried again" in capsys.readouterr().err
+    when = range(99)
+    with pytest.raises(PermissionError):
+        train.train(settings("always", **given))
+
+
 @pytest.fixture
 def stopped(place, tmp_path, monkeypatch):
     """The folder of a run that was stopped after 3 of 7 steps; its pictures are copies."""
@@ -232,6 +280,13 @@ def test_what_shapes_a_run_may_not_change(stopped, capsys):
     torch.save(state, "edsr_x4.pt")
     assert "teacher_sha256 differ" in refusal(capsys, "--resume", stopped)
     assert before == {path: path.read_bytes() for path in stopped.iterdir()}
+
+
+def test_a_file_in_a_run_folder_means_the_folder(stopped):
+    for name in ("last.ckpt", "config.json"):
+        assert train.parse(["--resume", f"run/{name}"]).resume == "run"
+    os.chdir("run")
+    assert train.parse(["--resume", "last.ckpt"]).resume == "."
 
 
 def test_a_run_of_another_version_is_refused(stopped, capsys):
@@ -315,6 +370,65 @@ def test_a_run_takes_the_next_free_name(place, tmp_path, monkeypatch, capsys):
     assert folders == [Path(f"runs/kd_edsr_c4b3_x4{ending}") for ending in ("", "_2", "_3")]
     printed = capsys.readouterr().out
     assert "loss    L = 1·rec + 1·kd\n" in printed and "mean=[0.4488, 0.4371, 0.404]" in printed
+
+
+def test_an_empty_folder_is_used_by_one_run(settings, tmp_path):
+    args = settings()
+    (tmp_path / "run").mkdir()
+    assert train.new_folder(args, 4) == tmp_path / "run"
+    with pytest.raises(FileExistsError):  # of a run that has started with it
+        train.new_folder(args, 4)
+
+
+def test_held_out_pictures_leave_the_data_however_they_are_spelled(place, monkeypatch):
+    monkeypatch.chdir(place)
+    for val in ("train/im1.png", place / "train" / "im1.png", "val/../train/im1.png"):
+        images, held = train.choose_pictures(train.parse(["--data", "train", "--val", str(val)]))
+        assert [path.name for path in images] == ["im0.png", "im2.png", "im3.png"] and len(held) == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(settings, monkeypatch, capsys):
+    """A teacher of NaN: the gradient of L1 takes a NaN for 0, so the weights stay finite."""
+    monkeypatch.setattr(models.EDSR, "picture", lambda net, y: y * float("nan" if not net.training else 1))
+    with pytest.raises(train.ConfigError, match="the loss or the weights are not finite after step 1"):
+        train.train(settings())
+
+
+@pytest.mark.parametrize("name, capabilities, expected", [
+    ("auto", dict(avx512_bf16=True), "bfloat16"), ("auto", dict(amx_bf16=True), "bfloat16"),
+    ("auto", dict(avx2=True), "float32"), ("float32", dict(amx_bf16=True), "float32"),
+    ("bfloat16", {}, "bfloat16")])
+def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, name, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert train.choose_precision(name, torch.device("cpu")) == expected
+
+
+def test_a_resumed_run_keeps_its_precision(settings, monkeypatch):
+    """On a machine where auto would mean another one."""
+    monkeypatch.setattr(train, "choose_precision", lambda name, device: dict(auto="bfloat16").get(name, name))
+    out = train.train(settings(precision="auto", steps=1))[1]
+    monkeypatch.setattr(train, "choose_precision", lambda name, device: dict(auto="float32").get(name, name))
+    assert train.Run(train.parse(["--resume", str(out)])).precision == "bfloat16"
+
+
+def test_a_teacher_below_bicubic_is_noted(settings, capsys):
+    data.NOTES.clear()
+    train.train(settings(steps=1))
+    assert "note: the teacher is below bicubic" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given, named", [
+    (dict(WORLD_SIZE="2"), "WORLD_SIZE=2 is set, but no RANK: start with torchrun"),
+    (dict(WORLD_SIZE="2", RANK=""), "but no RANK"), (dict(WORLD_SIZE="2", RANK="0"), "but no MASTER_ADDR"),
+    (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29876"),
+     "2 processes do not find each other")])
+def test_a_clusters_environment_without_torchrun_is_one_line(place, tmp_path, monkeypatch, capsys, given, named):
+    """A process whose peer is missing gives up."""
+    monkeypatch.setattr(train, "RENDEZVOUS", datetime.timedelta(seconds=1))
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert named in refusal(capsys, *words(place, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_feature_maps_that_do_not_fit_are_refused_before_a_folder_is_made(place, tmp_path, capsys):
