@@ -168,18 +168,15 @@ def reader(place, scale, names):
     return make
 
 
-def score(make, pictures, scale, label, published=False, ssim=True):
-    """The mean PSNR and SSIM over pictures [(path, lr, hr)], and those of each picture. label: of the bar.
-    published: score `published_bicubic`, not what `make` makes. ssim: compute it, which takes longest."""
+def score(make, pictures, scale, label, published=False, metrics=dict(psnr=psnr_y, ssim=ssim_y)):
+    """The means of the metrics over pictures [(path, lr, hr)], and those of each picture. label: of the bar.
+    published: score `published_bicubic`, not what `make` makes."""
     images = {}
     for path, lr, hr in tqdm(pictures, label, delay=1, leave=False, ncols=80):
         two = published_bicubic(path, hr, scale) if published else (make(path, lr), hr)
-        images[path.stem] = dict(psnr=psnr_y(*two, scale))
-        if ssim:
-            images[path.stem]["ssim"] = ssim_y(*two, scale)
-    kinds = ("psnr", "ssim") if ssim else ("psnr",)
-    mean = {kind: float(np.mean([one[kind] for one in images.values()])) for kind in kinds}
-    return mean | dict(images=images)
+        images[path.stem] = {name: metric(*two, scale) for name, metric in metrics.items()}
+    means = {name: float(np.mean([found[name] for found in images.values()])) for name in metrics}
+    return means | dict(images=images)
 
 
 def print_table(rows, networks, sets, against, about, options):
@@ -411,7 +408,7 @@ def forget(stream):
 
 
 class Lasting:
-    """A stream to which a program goes on writing after its terminal or pipe was closed."""
+    """A stream for a program that goes on when its terminal or pipe is closed."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -422,21 +419,9 @@ class Lasting:
     def write(self, text):
         try:
             self.stream.write(text)
-        except OSError:
-            forget(self.stream)
-
-    def flush(self):
-        try:
             self.stream.flush()
         except OSError:
             forget(self.stream)
-
-
-@contextlib.contextmanager
-def lasting_streams():
-    """Within, stdout and stderr are `Lasting`."""
-    with contextlib.redirect_stdout(Lasting(sys.stdout)), contextlib.redirect_stderr(Lasting(sys.stderr)):
-        yield
 
 
 FILE = os.path.expanduser  # an argparse type: the shell leaves the ~ of --out=~/x

@@ -36,21 +36,18 @@ import data
 import dukd
 import evaluate
 import models
+from evaluate import FILE, between
 
 QUICK = dict(steps=1300, batch=2, patch=24, lr=1.4e-3, schedule="cosine")
 MAY_CHANGE = {"resume", "teacher", "data", "val", "cache", "device", "compile", "val_every"}  # with --resume
-
-
-RENDEZVOUS = datetime.timedelta(minutes=10)  # how long torchrun's processes wait for each other at the start,
-SCORING = datetime.timedelta(hours=5)  # and later, while the first one scores
+# How long the processes of torchrun wait for each other: at the start, and later, while the first one scores.
+RENDEZVOUS, SCORING = datetime.timedelta(minutes=10), datetime.timedelta(hours=5)
 
 
 class ConfigError(ValueError):
     """A setting that cannot be used. The message says which, why, and what to do."""
 
 
-between = evaluate.between
-FILE = evaluate.FILE
 WEIGHT, COUNT, SIZE = between(0, 1e6), between(1, 10**9, int), between(1, 10**4, int)
 OPERATIONS = list(dukd.InvertibleAugmentation.OPERATIONS)
 
@@ -58,7 +55,9 @@ OPERATIONS = list(dukd.InvertibleAugmentation.OPERATIONS)
 def run_folder(text):
     """An argparse type: a run's folder, or a file in it."""
     path = FILE(text)
-    return os.path.dirname(path) or "." if os.path.isfile(path) else path
+    if os.path.isfile(path):
+        return os.path.dirname(path) or "."
+    return path
 
 
 def parse(argv):
@@ -215,11 +214,9 @@ def train(args, command="python train.py"):
                 if validating:
                     run.psnr = run.score(evaluate.upscaler(run.ema, evaluate.TILE), "student")
                 rows.append(run.row(means, validating, ms))
-                with denied_writes_are_tried_again(run):
-                    add_rows(out, rows)
+                attempt(run, add_rows, out, rows)
                 if validating:
-                    with denied_writes_are_tried_again(run):
-                        run.save(out)
+                    attempt(run, run.save, out)
                 psnr = "?" if math.isnan(run.psnr) else f"{run.psnr:.2f}"
                 bar.set_postfix_str(f"loss {means[-1]:.4f}, {psnr} dB (bicubic {bicubic:.2f})", False)
             window, began = [], time.perf_counter()
@@ -254,12 +251,11 @@ def caught_signals():
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def denied_writes_are_tried_again(run):
-    """Training goes on after a denied write, as of a log.csv that Excel has open: the next one makes up for it.
-    Only the last one may fail."""
+def attempt(run, write, *arguments):
+    """Writes. Where that is denied, as while Excel has log.csv open, training goes on, and the next write makes
+    up for it. Only the last one may fail."""
     try:
-        yield
+        write(*arguments)
     except PermissionError as e:
         if run.step == run.args.steps:
             raise
@@ -346,7 +342,8 @@ class Run:
     @torch.compiler.set_stance("force_eager")  # else blocks are compiled for each size of picture
     def score(self, make, label):
         """Mean PSNR on Y over the held-out pictures of what `make` makes of their LR. In float32."""
-        return evaluate.score(make, self.held, self.scale, f"held-out pictures, {label}", ssim=False)["psnr"]
+        metrics = dict(psnr=evaluate.psnr_y)
+        return evaluate.score(make, self.held, self.scale, f"held-out, {label}", metrics=metrics)["psnr"]
 
     def row(self, means, validated, ms):
         """A row of log.csv: the means of the terms since the last row, a new PSNR, ms a step."""
@@ -667,8 +664,10 @@ def start_anew(*words):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    with evaluate.command_line(ConfigError), evaluate.lasting_streams():
-        train(parse(argv), command=shlex.join(["python", "train.py", *argv]))
+    with evaluate.command_line(ConfigError):
+        out, err = evaluate.Lasting(sys.stdout), evaluate.Lasting(sys.stderr)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            train(parse(argv), command=shlex.join(["python", "train.py", *argv]))
 
 
 if __name__ == "__main__":
