@@ -70,7 +70,7 @@ def read_image(path):
 
 def find_images(places):
     """The image files at `places`: files, and folders, whose images come sorted by name (see `images_in`).
-    A file that is found again, as by a link, is left out with a note. DataError for a missing place or link."""
+    A file that is found again, as by a link, is left out with a note. DataError for what is missing."""
     found, again = {}, 0
     for place in map(Path, places):
         for path in images_in(place) if place.is_dir() else [place]:
@@ -113,8 +113,8 @@ def find_hr(places):
 
 def refuse_twin(path, twin):
     if twin != path:
-        raise DataError(f"{twin} and {path} look like one picture twice, such as HR and LR: keep HR in a folder "
-                        "of its own")
+        raise DataError(f"{twin} and {path} look like one picture twice, such as HR and LR: keep HR in a "
+                        "folder of its own")
 
 
 def embedded(names):

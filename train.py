@@ -75,7 +75,8 @@ def parse(argv):
     p = evaluate.Parser(description=__doc__, epilog=methods, parents=[first], allow_abbrev=False,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("networks and pictures")
-    g.add_argument("--teacher", type=FILE, metavar="FILE", default="", help="the frozen f_T, of any known format")
+    g.add_argument("--teacher", type=FILE, metavar="FILE", default="",
+                   help="the frozen f_T, of any known format")
     g.add_argument("--student", default="small", help=f"f_S: small (the paper's), {models.NAMES_HELP}")
     g.add_argument("--scale", type=int, choices=models.SCALES, default=0, help="s [the teacher's, else 4]")
     g.add_argument("--data", type=FILE, nargs="+", default=[], metavar="DIR",
@@ -112,7 +113,8 @@ def parse(argv):
                    help="of the networks [auto: bfloat16 where the device computes in it]")
     g.add_argument("--compile", choices=("graph", "blocks", "no"), default="graph",
                    help="on CUDA: compile the networks' blocks, and record the step as a graph [%(default)s]")
-    g.add_argument("--cache", type=FILE, metavar="DIR", default="runs/cache", help="decoded pictures [%(default)s]")
+    g.add_argument("--cache", type=FILE, metavar="DIR", default="runs/cache",
+                   help="decoded pictures [%(default)s]")
     g.add_argument("--val-every", metavar="STEPS", type=between(0, 10**9, int), default=0,
                    help="between validations [a tenth of the run, at most 5000]; one more at step 100")
 
@@ -252,8 +254,8 @@ def caught_signals():
 
 
 def attempt(run, write, *arguments):
-    """Writes. Where that is denied, as while Excel has log.csv open, training goes on, and the next write makes
-    up for it. Only the last one may fail."""
+    """Writes. Where that is denied, as while Excel has log.csv open, training goes on, and the next write
+    makes up for it. Only the last one may fail."""
     try:
         write(*arguments)
     except PermissionError as e:
@@ -276,8 +278,8 @@ class Run:
 
     def __init__(self, args):
         self.args = args
-        self.rank, self.world = processes()
         self.device = set_up_device(args.device)
+        self.rank, self.world = join_processes(self.device)
         self.precision = choose_precision(args.precision, self.device)
         self.weights = {term: getattr(args, f"lambda_{term}") for term in dukd.TERMS}
 
@@ -290,8 +292,6 @@ class Run:
                              held_out=[path.name for path in val_paths], teacher_sha256=hashes)
         checkpoint = read_checkpoint(args.resume, self.identity) if args.resume else None
 
-        if self.world > 1:
-            join_processes(self.rank, self.world, self.device)
         self.patches = data.Patches(train_paths, args.patch, self.scale, args.batch, args.seed, args.cache,
                                     self.device, self.rank, self.world)
         self.held = data.read_all(val_paths, self.scale, least=8)  # [(path, lr, hr)]
@@ -360,17 +360,6 @@ class Run:
                               "older, and good. A lower --lr or --precision float32 may help")
 
 
-def processes():
-    """(rank, world): which process of torchrun this is, and of how many."""
-    given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    if given["WORLD_SIZE"] in ("", "1"):
-        return 0, 1
-    if missing := [name for name, value in given.items() if not value]:
-        raise ConfigError(f"WORLD_SIZE={given['WORLD_SIZE']} is set, but no {missing[0]}: start with torchrun, or "
-                          "unset WORLD_SIZE for one process")
-    return int(given["RANK"]), int(given["WORLD_SIZE"])
-
-
 def set_up_device(name):
     """The torch.device of a --device, ready for training."""
     evaluate.keep_freed_memory()
@@ -379,6 +368,24 @@ def set_up_device(name):
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
     return device
+
+
+def join_processes(device):
+    """(rank, world): which of torchrun's processes this is, and of how many. They join here. Rank 0, the
+    first one, prints; the others are silent."""
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
+        return 0, 1
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=RENDEZVOUS))
+    except (RuntimeError, ValueError) as e:  # the environment lacks a variable; a process is missing
+        reason = str(e).splitlines()[0]
+        raise ConfigError(f"WORLD_SIZE is set, but there is no group of processes ({reason}): start with "
+                          "torchrun, or unset WORLD_SIZE for one process") from None
+    backend = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+    dist.init_process_group(store=store, rank=rank, world_size=world, timeout=SCORING, **backend)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return rank, world
 
 
 def choose_precision(name, device):
@@ -449,19 +456,6 @@ def read_checkpoint(folder, identity):
     if state and "optimizer" not in state:
         raise ConfigError(f"{last} is not the checkpoint of a run")
     return state
-
-
-def join_processes(rank, world, device):
-    """Joins the processes that torchrun has started. Only the first one, of rank 0, prints."""
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
-    backend = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
-    try:
-        store, *_ = next(rendezvous("env://", rank, world, timeout=RENDEZVOUS))
-    except (RuntimeError, ValueError) as e:
-        raise ConfigError(f"{world} processes do not find each other ({str(e).splitlines()[0]}): start them "
-                          "with torchrun") from None
-    dist.init_process_group(store=store, rank=rank, world_size=world, timeout=SCORING, **backend)
 
 
 def build_student(args, teacher, scale):

@@ -146,7 +146,8 @@ SCORE = "evaluate.py bicubic --scale 2 --data val train"
 
 @pytest.mark.skipif(os.name == "nt", reason="bash")
 @pytest.mark.parametrize("command, code, words", [
-    (f"{SCORE} >&-", 0, ""), (f"{SCORE} 2>&-", 0, "bicubic"), (f"{SCORE} | head -1; exit ${{PIPESTATUS[0]}}", 0, ""),
+    (f"{SCORE} >&-", 0, ""), (f"{SCORE} 2>&-", 0, "bicubic"),
+    (f"{SCORE} | head -1; exit ${{PIPESTATUS[0]}}", 0, ""),
     ("evaluate.py bicubic --scale 2 --data nowhere >&-", 2, "error: nowhere"),
     (f"train.py {NEW} --data train --val val --out OUT >&-", 0, ""),
     (f"train.py {NEW} --data train --val val --out OUT 2>&-", 0, "held-out PSNR"),
@@ -154,16 +155,17 @@ SCORE = "evaluate.py bicubic --scale 2 --data val train"
 def test_streams_may_be_closed(place, tmp_path, command, code, words):
     """As a service's may be, or a pipe to head. A run is whole all the same."""
     command = command.replace("OUT", f"{tmp_path}/run").replace("../c", f"{tmp_path}/c")
-    done = subprocess.run(["bash", "-c", f"{sys.executable} {ROOT}/{command}"], capture_output=True, text=True,
-                          cwd=place)
+    command = ["bash", "-c", f"{sys.executable} {ROOT}/{command}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place)
     assert done.returncode == code and words in done.stdout + done.stderr and "Exception" not in done.stderr
-    assert ("train.py" in command) == (tmp_path / "run" / "compare.png").exists()
+    assert ("train.py" in command[2]) == (tmp_path / "run" / "compare.png").exists()
 
 
 @pytest.mark.parametrize("main, words, made", [
     (evaluate.main, "~/x2.pt --input=~/val/im0.png --output=~/big.png", "big.png"),
     (evaluate.main, "~/x2.pt --data ~/val --json=~/table.json --figure=~/f.png", "table.json"),
-    (train.main, f"{NEW} --teacher=~/x2.pt --data=~/train --val=~/val --cache=~/c --out=~/new_run", "new_run"),
+    (train.main, f"{NEW} --teacher=~/x2.pt --data=~/train --val=~/val --cache=~/c --out=~/new_run",
+     "new_run"),
     (train.main, "--resume=~/new_run --device cpu", "c")])
 def test_a_tilde_is_the_home_folder(place, tmp_path_factory, monkeypatch, main, words, made):
     """The shell leaves it alone behind an equals sign."""

@@ -193,8 +193,8 @@ def test_lr_beside_hr_is_refused(tmp_path, first, second):
 def test_other_names_and_folders_are_other_pictures(tmp_path):
     names = ["0001.png", "0002.png", "sea.png", "sea_shore.png", "x2.png", "HR.png", "a_LRT.png", "ax4b.png",
              "fox1.png", "fox2.png", "box2_HR.png", "box3_HR.png",
-             "P1_x4.png", "P1_x1.png", "scene_y0_x1.png", "scene_y0_x2.png", "0x1.png", "0x2.png", "r0-x1.png",
-             "r0-x2.png", "paper_2x3.png", "paper_2x4.png"]  # tiles
+             "P1_x4.png", "P1_x1.png", "scene_y0_x1.png", "scene_y0_x2.png", "0x1.png", "0x2.png",
+             "r0-x1.png", "r0-x2.png", "paper_2x3.png", "paper_2x4.png"]  # tiles
     a, b = touch(tmp_path / "a", *names), touch(tmp_path / "b", "0001.png", "0002x4.png")
     assert len(data.find_hr([a, b])) == len(names) + 2
 

@@ -281,7 +281,8 @@ def test_in_the_folder_of_the_pictures_results_are_passed_over(place, capsys, tm
     source = shutil.copytree(place / "set", tmp_path / "in")
     for _ in range(2):
         out = run(capsys, place / "a.pt", "--input", source, "--output", source)
-        assert sorted(path.name for path in source.glob("*_x4*")) == ["baby_x4.png", "bird_x4.png", "head_x4.png"]
+        made = sorted(path.name for path in source.glob("*_x4*"))
+        assert made == ["baby_x4.png", "bird_x4.png", "head_x4.png"]
     assert f"{source / 'baby_x4.png'} exists already and is kept" in out
 
 
@@ -300,7 +301,8 @@ def test_an_error_has_a_line_of_its_own(place, tmp_path):
     """Also behind a progress bar, and behind pictures that are kept."""
     source = shutil.copytree(place / "set", tmp_path / "in")
     (source / "bad.png").write_text("text")
-    words = [sys.executable, evaluate.__file__, place / "a.pt", "--input", source, "--output", tmp_path / "out"]
+    words = [sys.executable, evaluate.__file__, place / "a.pt", "--input", source]
+    words += ["--output", tmp_path / "out"]
     for _ in range(2):
         done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 2 and re.split("[\r\n]", done.stderr)[-2].startswith("error: ")

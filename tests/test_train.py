@@ -418,11 +418,12 @@ def test_a_teacher_below_bicubic_is_noted(settings, capsys):
 
 
 @pytest.mark.parametrize("given, named", [
-    (dict(WORLD_SIZE="2"), "WORLD_SIZE=2 is set, but no RANK: start with torchrun"),
-    (dict(WORLD_SIZE="2", RANK=""), "but no RANK"), (dict(WORLD_SIZE="2", RANK="0"), "but no MASTER_ADDR"),
-    (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29876"),
-     "2 processes do not find each other")])
-def test_a_clusters_environment_without_torchrun_is_one_line(place, tmp_path, monkeypatch, capsys, given, named):
+    (dict(WORLD_SIZE="2"), "variable RANK expected, but not set): start with torchrun"),
+    (dict(WORLD_SIZE="2", RANK=""), "RANK expected"),
+    (dict(WORLD_SIZE="2", RANK="0"), "MASTER_ADDR expected"),
+    (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29876"), "clients")])
+def test_a_clusters_environment_without_torchrun_is_one_line(place, tmp_path, monkeypatch, capsys, given,
+                                                             named):
     """A process whose peer is missing gives up."""
     monkeypatch.setattr(train, "RENDEZVOUS", datetime.timedelta(seconds=1))
     for name, value in given.items():
