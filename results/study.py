@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import csv
 import functools
+import glob
 import json
 import os
 import random
@@ -294,22 +295,40 @@ def gain(arm, reference, n):
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
+def parts_of(arm):
+    """("Q ", "zoom-in", 2400) of "Q zoom-in, 2,400 steps": the study, where the label names it; method; steps."""
+    study, method, steps = re.fullmatch(r"([QR] )?(.+?)(?:, ([\d,]+) steps)?", arm).groups()
+    return study or "", method, int(steps.replace(",", "")) if steps else None
+
+
+def rival(arm, method="KD", equal_time=False):
+    """The arm with which another is compared: that method for as many steps. Or for as much time: a step of
+    zoom-in or DUKD takes that of two of KD. With half or a quarter of the pairs it takes that of one."""
+    study, own, steps = parts_of(arm)
+    if equal_time and own in ("zoom-in", "DUKD"):
+        steps = 2 * steps
+    return f"{study}{method}, {steps:,} steps" if steps else method
+
+
 def table(study, over="KD"):
     """The lines of a study's table, in Markdown. Scores: mean ± standard deviation over the seeds.
-    Differences are to the arm with the label `over`."""
-    yield f"| images | method | seeds | held out | Set5 | Set14 | B100 | B100 over {over} | to the teacher |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    Differences are to the arm with the label `over`, of as many steps; in Q and R also of as much time."""
+    timed = study in ("Q", "R")
+    columns = f"B100 over {over} of as many steps | of as much time" if timed else f"B100 over {over}"
+    yield f"| images | method | seeds | held out | Set5 | Set14 | B100 | {columns} | to the teacher |"
+    yield "|---" * (10 if timed else 9) + "|"
     runs = STUDIES[study]
     for n in dict.fromkeys(n for _, n, _ in runs):
         for arm in dict.fromkeys(arm for arm, m, _ in runs if m == n):
-            length = re.search(r"(, [\d,]+ steps)?$", arm)[0]  # an arm is compared with one of its length
             held, set5, set14, b100, to_teacher = (
                 list(psnrs(arm, n, "best", where).values())
                 for where in ("held_out", "Set5", "Set14", "B100", "to_teacher"))
             if held:
                 scores = [spread(held), spread(set5), spread(set14), spread(b100, 3)]
-                yield (f"| {n} | {arm} | {len(held)} | {' | '.join(scores)} | "
-                       f"{gain(arm, over + length, n)} | {spread(to_teacher)} |")
+                scores.append(gain(arm, rival(arm, over), n))
+                if timed:
+                    scores.append(gain(arm, rival(arm, over, equal_time=True), n))
+                yield f"| {n} | {arm} | {len(held)} | {' | '.join(scores)} | {spread(to_teacher)} |"
 
 
 def runs_table(folders):
@@ -336,8 +355,7 @@ def runs_table(folders):
 
 def steps_of(arm):
     """How many steps an arm takes."""
-    found = re.search(r", ([\d,]+) steps$", arm)
-    return int(found[1].replace(",", "")) if found else 600
+    return parts_of(arm)[2] or 600
 
 
 LR_PIXELS = {LARGE: 50 * 171_926, REDUCED: 50 * 10_745}
@@ -402,35 +420,41 @@ SETS = [(ALL, "881 photographs of 0.1 megapixels", "o", 0.2),
         (REDUCED, "the same 50, reduced to a quarter", "D", -0.2)]
 
 
+UPCYCLING = {HALF: "o", QUARTER: "s", "zoom-in": "^"}  # Q's and R's arms of zoom-in, with their markers
+
+
 def plot():
-    """results/gains.png: what an arm gains over KD on B100, a dot a seed. At the left zoom-in against the
-    epochs, then against KD's gap; at the right each loss on three sets."""
+    """results/gains.png. At the left what zoom-in gains over KD of the same time on B100, against KD's epochs in
+    that time; at the right what each loss gains on three sets, at equal steps. A dot a seed."""
     try:
         import matplotlib
     except ImportError:
         raise data.DataError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
-    for i, n in enumerate((2, 8, 32, 128, ALL, LARGE)):
-        color, line = f"C{i}", []  # line: the mean of P's seeds at each number of epochs
-        left.plot([], [], "o", color=color, label="50 large" if n == LARGE else f"{n} small")
-        for arm, kd, m in lasting_pairs(["P"]):
-            gains = differences(arm, kd, n) if m == n else {}
-            for seed, y in gains.items():
-                left.plot(epochs(arm, n), y, "o", color=color)
-                middle.plot(gap(kd, n, seed), y, "o", color=color)
-            if gains:
-                line.append((epochs(arm, n), np.mean([*gains.values()])))
-        left.plot([x for x, _ in line], [y for _, y in line], "-", color=color)
-        for arm, kd, m in lasting_pairs(["L", "N", "O"]):
-            gains = differences(arm, kd, n) if m == n else {}
-            left.plot([epochs(arm, n)] * len(gains), [*gains.values()], "x", color=color)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    colors = {n: f"C{i}" for i, n in enumerate((2, 8, 32, 128, ALL, LARGE))}
+    for arm, kd, n in lasting_pairs(["P"]):
+        for y in differences(arm, kd, n).values():
+            left.plot(epochs(arm, n), y, "x", color=colors[n], alpha=0.35)
+    for study in ("Q", "R"):
+        for arm, n in dict.fromkeys((arm, n) for arm, n, _ in STUDIES[study]):
+            method, kd = parts_of(arm)[1], rival(arm, equal_time=True)
+            for y in differences(arm, kd, n).values() if method in UPCYCLING else ():
+                face = colors[n] if study == "Q" else "none"
+                left.plot(epochs(kd, n), y, UPCYCLING[method], color=colors[n], markerfacecolor=face,
+                          markersize=8)
+    for n in (8, 32, 128, ALL):
+        left.plot([], [], "-", color=colors[n], label=f"{n} photographs")
+    for method, marker in UPCYCLING.items():
+        left.plot([], [], marker, color="gray", label=method if method != "zoom-in" else "zoom-in, all pairs")
+    left.plot([], [], "o", color="gray", markerfacecolor="none", label="another teacher (study R)")
+    left.plot([], [], "x", color="gray", alpha=0.5, label="at equal steps: twice KD's time (study P)")
     left.axvline(64, color="gray", linestyle=":")
-    left.text(64, 0.9 * left.get_ylim()[1], " the paper", va="top", color="gray")
+    left.text(64, 0.95 * left.get_ylim()[1], " the paper", va="top", color="gray")
+    left.axhline(0, color="gray", linewidth=1)
     left.set_xscale("log")
-    left.set(xlabel="epochs (o: study P; x: L, N, O)", ylabel="zoom-in's gain over KD on B100, dB")
-    middle.set(xlabel="KD's gap: training − held-out pictures, dB", ylabel="the same gain, dB")
+    left.set(xlabel="epochs of KD in the same time", ylabel="gain over KD of the same time on B100, dB")
     arms = [arm for arm in reversed(TERMS) if arm not in (START, "KD")]
     for n, label, marker, height in SETS:
         points = [(value, i + height) for i, arm in enumerate(arms)
@@ -439,13 +463,9 @@ def plot():
     right.axvline(0, color="gray", linewidth=1)
     right.set(yticks=range(len(arms)), yticklabels=arms, xlabel="each loss: PSNR over KD on B100, dB")
     right.locator_params("x", nbins=5)
-    for axes in (left, middle):
-        axes.axhline(0, color="gray", linewidth=1)
-    for axes in (left, right):
-        columns = 3 if axes is left else 1
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=columns)
-    for axes in (left, middle, right):
+    for axes, columns in ((left, 2), (right, 1)):
         axes.grid(alpha=0.3)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncols=columns)
     figure.savefig(RESULTS / "gains.png", dpi=130)
 
 
@@ -459,13 +479,16 @@ def main():
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--over", choices=TERMS, default="KD", metavar="ARM",
                         help="the arm that the others are compared with [KD]")
-    parser.add_argument("--runs", nargs="+", type=Path, default=[], metavar="DIR", help="tabulate these runs")
+    parser.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="tabulate these runs")
     parser.add_argument("--plot", action="store_true")
     options = parser.parse_args()
     if {*options.studies} - {*STUDIES} or not (options.studies or options.runs or options.plot):
         parser.error(f"name studies ({' '.join(STUDIES)}), --runs or --plot")
-    if options.runs:
-        print(*runs_table(options.runs), sep="\n")
+    if options.runs:  # Windows does not expand a pattern
+        folders = [Path(found) for name in options.runs for found in sorted(glob.glob(name))]
+        if not folders:
+            raise data.DataError(f"no folder is named {' or '.join(options.runs)}")
+        print(*runs_table(folders), sep="\n")
     place = options.data.resolve()
     os.chdir(ROOT)
     for study in options.studies:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -123,6 +124,21 @@ def test_tiles_leave_no_seam_where_the_network_sees_farther(name):
     assert 0 < (whole - tiled).abs().max() < 1 / 255
     jump = lambda y: (y[..., 1:, :] - y[..., :-1, :]).abs().mean(dim=(0, 1, 3))
     assert (jump(tiled) - jump(whole)).abs().max() < 1e-3
+
+
+def test_tiles_fade_evenly_on_both_sides_of_their_border():
+    """Cores of 32 pixels; a tile's weight falls from 1 to 0 from 16 pixels before its border to 16 after it."""
+    first, second = evaluate.tiles_along(64, 32, types.SimpleNamespace(receptive_radius=None, scale=2))
+    assert first[:2] == (0, 64) and second[:2] == (0, 64)
+    position = (np.arange(128) + 0.5) / 2  # of HR pixels' centres, in LR pixels
+    assert np.allclose(first[2], ((48 - position) / 32).clip(0, 1), atol=1e-6)
+    assert np.allclose(second[2], first[2].flip(0), atol=1e-6)
+
+
+def test_tables_are_of_whole_pictures_and_large_inputs_are_upscaled_in_tiles():
+    assert evaluate.parse(["x.pt", "--data", "Set5"]).tile == 0
+    assert evaluate.parse(["x.pt", "--data", "Set5", "--tile", "64"]).tile == 64
+    assert evaluate.parse(["x.pt", "--input", "a.png", "--output", "b.png"]).tile == 256
 
 
 def test_self_ensemble_by_hand():
