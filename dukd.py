@@ -59,7 +59,7 @@ def zoom_in(hr, size, generator=None):
     rows = top + torch.arange(h, device=hr.device)  # (N,h)
     columns = left + torch.arange(w, device=hr.device)  # (N,w)
     sample = torch.arange(n, device=hr.device)[:, None, None]
-    z = hr[sample, :, rows[:, :, None], columns[:, None, :]]  # (N,h,w,C)
+    z = hr[sample, :, rows[:, :, None], columns[:, None, :]]  # (N,h,w,C): this indexing puts C last
     return z.permute(0, 3, 1, 2).contiguous()
 
 
@@ -89,7 +89,7 @@ def bicubic_resize(x, factor, dims=(-2, -1)):
 
 
 @functools.cache  # a training step computes no weights, and copies none to a GPU
-@torch.inference_mode(False)  # what is kept must also serve where gradients are computed
+@torch.inference_mode(False)  # tensors of inference mode could not be used in training
 def bicubic_neighbours(n, factor, dtype, device):
     """MATLAB's bicubic of n samples in a row: sample j of the result is Σ_i weights[i,j]·x[index[i,j]].
     When reducing, the cubic kernel (a = −1/2) is stretched by 1/factor, against aliasing. With x and the
@@ -143,8 +143,8 @@ class InvertibleAugmentation:
         return x
 
     def invert(self, y):
-        """F⁻¹(y): y (n,C,·,·), of any size. It undoes F exactly, but for the rounding of colours. ValueError
-        as of `apply`."""
+        """F⁻¹(y): y (n,C,·,·), of any size. It undoes F exactly, up to the rounding of 1 − x. ValueError as
+        in `apply`."""
         for op, mask in reversed([*zip(self.ops, self.masks)]):
             y = self._changed(op, y, mask)  # each operation is its own inverse
         return y
@@ -196,19 +196,20 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
         weights = METHODS["dukd"]
         terms = losses(student, teacher, lr, hr, weights)
         sum(weights[name] * term for name, term in terms.items()).backward()
-    student, teacher: f_S and f_T, (N,C,h,w) → (N,C,s·h,s·w). Only f_S gets gradients. teacher.eval() comes
-      first: in training mode a BatchNorm would change. None is a teacher, too, where no term needs it.
+    student, teacher: f_S and f_T, (N,C,h,w) → (N,C,s·h,s·w). Only f_S gets gradients. Call teacher.eval()
+      before: in training mode its BatchNorm would change. Without a term that needs it, f_T may be None.
     lr: I_LR (N,C,h,w). hr: I_HR (N,C,s·h,s·w). For zoom-out, h and w are multiples of s.
       All pictures are in [0,1]. Wrap a network of another range: lambda x: net(255 * x) / 255 for [0,255],
       lambda x: net(2 * x - 1) / 2 + 0.5 for [−1,1].
-    weights: {term: λ}, as in METHODS. What has no weight, or 0, is not computed.
+    weights: {term: λ}, as in METHODS. A term without a weight, or of weight 0, is not computed.
     crops: zoom-in crops of each HR patch. ops, p: F, see `InvertibleAugmentation`. p = 0.3 is the released
-      code's, 0 leaves F out. Patches that are not square are not transposed. augment_zoom_out: F on both z.
+      code's, 0 leaves F out. Patches that are not square are not transposed. augment_zoom_out: F on zoom-out, too.
     taps: for fitnet, at and fakd, pairs of modules whose outputs for I_LR are compared, as in
       taps=[(student.body[1], teacher.body[3])]. If the next module overwrites an output, as
       ReLU(inplace=True) does, the overwritten one is compared.
     generator: for z and F; on lr's device. Autocast is the caller's. ValueError for what does not fit.
-    Inputs of one size share a forward, which takes the memory of both. A BatchNorm sees them mixed."""
+    I_LR and a crop have one size, so they share a forward: twice the memory, and a BatchNorm of the student
+    sees both in one batch."""
     on = {term for term, weight in weights.items() if weight}
     feature_terms = on & {"fitnet", "at", "fakd"}
     if unknown := weights.keys() - {*TERMS}:

@@ -154,7 +154,7 @@ def forward_backward(run, lr, hr):
 
 
 def learning_rate(step, args):
-    """Of update `step`, counted from 0: ×0.1 at 40 % and at 80 % of the run, or half a cosine to zero."""
+    """The rate of a step, counted from 0: ×0.1 at 40 % and at 80 % of the run, or half a cosine to zero."""
     if args.schedule == "cosine":
         return args.lr * 0.5 * (1 + math.cos(math.pi * step / args.steps))
     return args.lr * 0.1 ** sum(step >= milestone * args.steps for milestone in (0.4, 0.8))
@@ -401,7 +401,7 @@ def choose_precision(name, device):
 
 
 def check_settings(args, teacher, world):
-    """ConfigError for settings that do not fit together. What the losses do not take, they say themselves."""
+    """ConfigError for settings that do not fit together. `dukd.losses` checks its own."""
     if not any(getattr(args, f"lambda_{term}") for term in dukd.TERMS):
         raise ConfigError("every term of the loss is off: nothing to learn from")
     if teacher is None and args.student == "small":
@@ -459,8 +459,8 @@ def read_checkpoint(folder, identity):
 
 
 def build_student(args, teacher, scale):
-    """The student by name. With --init, it takes every tensor of that file that fits in name and shape, and
-    the file's residual scale, mean and range, without which the tensors would mean another function."""
+    """The student by name. With --init it starts from a file: from every tensor that fits in name and shape, and
+    from residual scale, mean and range, without which the tensors would mean another function."""
     config = models.small(teacher) if args.student == "small" else models.config_of(args.student, scale)
     if not args.init:
         return models.from_config(config)
@@ -633,7 +633,7 @@ class Recorded:
             with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                 self.result = step(*pair)
         except RuntimeError:
-            traceback.print_exc()  # the first error of it is the cause
+            traceback.print_exc()  # the first error in it is the cause
             start_anew("--compile", "blocks")
             raise ConfigError("the step cannot be recorded (see above): give --compile blocks") from None
         finally:

@@ -6,11 +6,13 @@
     python results/step_times.py edsr_baseline,dukd,blocks --profile         where the time of a step goes
 
 A case is TEACHER,METHOD or TEACHER,METHOD,COMPILE, as train.py names them. Other teachers than edsr_baseline
-get random weights. The student is `small`. Prints a line of JSON a case, with the median of log.csv's ms.
+get random weights. The student is `small`. Prints a line of JSON a case, with the median of log.csv's ms, and
+the most memory that the process has taken so far (Linux).
 """
 import argparse
 import csv
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -48,6 +50,7 @@ def time_steps(case, steps, more):
     timed = rows[1:-1] or rows  # the first warms up; the last may be of few steps
     return dict(case=case, ms=round(statistics.median(float(row["ms"]) for row in timed), 2),
                 batch=run.args.batch, patch=run.args.patch, precision=run.precision,
+                peak_ram_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2),
                 **{key: about[key] for key in about if key not in ("settings", "identity")})
 
 

@@ -296,7 +296,7 @@ def gain(arm, reference, n):
 
 
 def parts_of(arm):
-    """("Q ", "zoom-in", 2400) of "Q zoom-in, 2,400 steps": the study, where the label names it; method; steps."""
+    """("Q ", "zoom-in", 2400) of "Q zoom-in, 2,400 steps": the study (where named), the method, the steps."""
     study, method, steps = re.fullmatch(r"([QR] )?(.+?)(?:, ([\d,]+) steps)?", arm).groups()
     return study or "", method, int(steps.replace(",", "")) if steps else None
 
@@ -424,8 +424,8 @@ UPCYCLING = {HALF: "o", QUARTER: "s", "zoom-in": "^"}  # Q's and R's arms of zoo
 
 
 def plot():
-    """results/gains.png. At the left what zoom-in gains over KD of the same time on B100, against KD's epochs in
-    that time; at the right what each loss gains on three sets, at equal steps. A dot a seed."""
+    """results/gains.png. At the left what zoom-in gains over KD of the same time on B100, against KD's epochs
+    in that time; at the right what each loss gains on three sets, at equal steps. A dot a seed."""
     try:
         import matplotlib
     except ImportError:

@@ -127,7 +127,7 @@ def test_tiles_leave_no_seam_where_the_network_sees_farther(name):
 
 
 def test_tiles_fade_evenly_on_both_sides_of_their_border():
-    """Cores of 32 pixels; a tile's weight falls from 1 to 0 from 16 pixels before its border to 16 after it."""
+    """Cores of 32 pixels. A tile's weight falls from 1, 16 pixels before its border, to 0, 16 behind it."""
     first, second = evaluate.tiles_along(64, 32, types.SimpleNamespace(receptive_radius=None, scale=2))
     assert first[:2] == (0, 64) and second[:2] == (0, 64)
     position = (np.arange(128) + 0.5) / 2  # of HR pixels' centres, in LR pixels

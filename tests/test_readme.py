@@ -1,11 +1,15 @@
 """The README says what is true: its commands parse, what it names exists, its figures stand in results/."""
+import copy
 import json
 import re
 import shlex
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
+import dukd
 import evaluate
 import models
 import train
@@ -71,6 +75,29 @@ def test_its_snippets_run(snippet, tmp_path, monkeypatch):
     exec(snippet, {})
     made = {path.name for path in tmp_path.iterdir()} - {"student.pt", "photo.jpg"}
     assert made == {*re.findall(r'"(student.onnx|big.png)"', snippet)}
+
+
+def test_its_lines_for_basicsr_train_the_student_alone():
+    """Run as they stand, with stand-ins for what BasicSR's SRModel has."""
+    made, step = re.search("^## Copying out.*?^```\n(.*?)\n\n(.*?)^```", README, re.S | re.M).groups()
+    torch.manual_seed(0)
+    net = models.build("edsr_c4b2", 4)
+    model = types.SimpleNamespace(
+        net_g=net, lq=torch.rand(2, 3, 12, 12), gt=torch.rand(2, 3, 48, 48), device="cpu",
+        opt=dict(network_t="edsr_c6b2", path=dict(pretrain_network_t="teacher.pth")), loaded=[],
+        optimizer_g=torch.optim.Adam(net.parameters()),
+        load_network=lambda *words: model.loaded.append(words),
+        reduce_loss_dict=lambda terms: {name: term.item() for name, term in terms.items()})
+    names = dict(self=model, dukd=dukd, build_network=lambda name: models.build(name, 4))
+    exec(made, names)
+    assert model.loaded == [(model.teacher, "teacher.pth")] and not model.teacher.training
+    before, taught = copy.deepcopy(net.state_dict()), copy.deepcopy(model.teacher.state_dict())
+    for _ in range(2):
+        exec(step, names)
+    assert all(not torch.equal(before[name], w) for name, w in net.state_dict().items())
+    assert all(torch.equal(taught[name], w) for name, w in model.teacher.state_dict().items())
+    assert [*model.log_dict] == ["rec", "kd", "zoom_in"]
+    assert all(p.grad is None for p in model.teacher.parameters())
 
 
 def test_its_figures_stand_in_results():
