@@ -203,7 +203,7 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
       lambda x: net(2 * x - 1) / 2 + 0.5 for [−1,1].
     weights: {term: λ}, as in METHODS. A term without a weight, or of weight 0, is not computed.
     crops: zoom-in crops of each HR patch. ops, p: F, see `InvertibleAugmentation`. p = 0.3 is the released
-      code's, 0 leaves F out. Patches that are not square are not transposed. augment_zoom_out: F on zoom-out, too.
+      code's, 0 leaves F out. Only square patches are transposed. augment_zoom_out: F acts on zoom-out, too.
     taps: for fitnet, at and fakd, pairs of modules whose outputs for I_LR are compared, as in
       taps=[(student.body[1], teacher.body[3])]. If the next module overwrites an output, as
       ReLU(inplace=True) does, the overwritten one is compared.

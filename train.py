@@ -413,9 +413,10 @@ def check_settings(args, teacher, world):
                           "fakd need EDSR, RCAN or SwinIR")
     if args.batch % world:
         raise ConfigError(f"--batch {args.batch} cannot be shared by {world} processes")
-    if not args.resume and os.path.isdir(args.out) and os.listdir(args.out):
-        raise ConfigError(f"{args.out} is not empty: give --resume {args.out} to go on with a run, or "
-                          "another --out")
+    empty = os.path.isdir(args.out) and not os.listdir(args.out)
+    if not args.resume and os.path.lexists(args.out) and not empty:
+        raise ConfigError(f"{args.out} is taken: give --resume {args.out} to go on with a run, or another "
+                          "--out")
 
 
 def choose_pictures(args):
@@ -459,8 +460,8 @@ def read_checkpoint(folder, identity):
 
 
 def build_student(args, teacher, scale):
-    """The student by name. With --init it starts from a file: from every tensor that fits in name and shape, and
-    from residual scale, mean and range, without which the tensors would mean another function."""
+    """The student by name. With --init it starts from a file: from every tensor that fits in name and shape,
+    and from residual scale, mean and range, without which the tensors would mean another function."""
     config = models.small(teacher) if args.student == "small" else models.config_of(args.student, scale)
     if not args.init:
         return models.from_config(config)

@@ -79,7 +79,7 @@ def refused(main, words, place, monkeypatch, capfd):
     ("--ops hflip hflip", "an operation is named twice"),
     ("--method scratch --lambda-rec 0", "nothing to learn from"),
     ("--stpes 3", "unrecognized arguments: --stpes 3"),
-    ("--out run", "run is not empty: give --resume run to go on with a run, or another --out"),
+    ("--out file.txt", "file.txt is taken"), ("--out run", "run is taken: give --resume run to go on with a run, or another --out"),
     ("--out file.txt/new --data train --val val", "file.txt/new cannot be read or written: Not a directory"),
     ("--teacher= --data train --val val", "kd needs a teacher"),
     ("--teacher= --method scratch --student small", "--student small needs a --teacher"),
