@@ -12,7 +12,6 @@ Every network maps (N,3,h,w) to (N,3,s·h,s·w), RGB floats in [0,1], and carrie
 Parameter names are those of BasicSR (EDSR, RCAN) and of SwinIR's authors, so files move both ways.
 """
 import contextlib
-import copy
 import inspect
 import math
 import os
@@ -45,18 +44,19 @@ def conv3x3(c_in, c_out):
 
 def upsampler(channels, scale):
     """Sub-pixel convolutions: one stage of ×3, or log2(s) stages of ×2."""
-    factors = [3] if scale == 3 else [2] * int(math.log2(scale))
-    stages = [(conv3x3(channels, channels * r * r), nn.PixelShuffle(r)) for r in factors]
-    return nn.Sequential(*[module for stage in stages for module in stage])
+    layers = []
+    for r in [3] if scale == 3 else [2] * int(math.log2(scale)):
+        layers += [conv3x3(channels, channels * r * r), nn.PixelShuffle(r)]
+    return nn.Sequential(*layers)
 
 
 def shuffle_then_conv(x, r, conv):
-    """conv(F.pixel_shuffle(x, r)) of a 3×3 convolution with padding 1, computed before the shuffle. The sums
-    are the same, but of c·r² → k·r² channels: bfloat16 units are fast there, and slow at c → 3 channels.
-    x (N,c·r²,h,w), conv c → k. Returns (N,k,r·h,r·w).
-    The shuffle turns the 3×3 pixels around (i,j) of x into 3r×3r. Output pixel (r·i + p, r·j + q) sees 3×3 of
-    these, shifted by (p,q). So each (p,q) has a kernel of its own: `conv.weight` at that place among zeros,
-    unshuffled. At the border, zeros around the shuffled map are zeros around x."""
+    """conv(F.pixel_shuffle(x, r)), computed before the shuffle: the same sums, but of c·r² → k·r² channels.
+    bfloat16 units are fast there, and slow at c → 3 channels.
+    x (N,c·r²,h,w); conv 3×3, c → k, with padding 1. Returns (N,k,r·h,r·w).
+    The shuffle makes 3r×3r pixels of the 3×3 around (i,j) of x. Output pixel (r·i + p, r·j + q) sees 3×3 of
+    them, shifted by (p,q). So its kernel is `conv.weight` at that place among zeros, unshuffled. At the
+    border, zeros around the shuffled map are zeros around x."""
     kernels = []
     for p in range(r):
         for q in range(r):
@@ -72,13 +72,13 @@ class SRNetwork(nn.Module):
     """What the networks share. EDSR and RCAN differ only in `body`. SwinIR has a `forward` of its own."""
     receptive_radius = None
 
-    def __init__(self, **config):
+    def __init__(self, arch, scale, mean, img_range, **sizes):
         super().__init__()
-        self.config, self.scale, self.img_range = config, config["scale"], float(config["img_range"])
-        if self.scale not in SCALES:
-            raise CheckpointError(f"scale {self.scale} is not one of {', '.join(map(str, SCALES))}")
-        mean = torch.tensor(config["mean"], dtype=torch.float32).view(1, 3, 1, 1)
-        self.register_buffer("mean", mean, persistent=False)
+        if scale not in SCALES:
+            raise CheckpointError(f"scale {scale} is not one of {', '.join(map(str, SCALES))}")
+        self.config = dict(arch=arch, scale=scale, **sizes, mean=list(mean), img_range=img_range)
+        self.scale, self.img_range = scale, float(img_range)
+        self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1), persistent=False)
 
     def add_layers(self, channels, blocks):
         """The layers of EDSR and RCAN. blocks: a generator of the body's, made after the first layer."""
@@ -99,10 +99,8 @@ class SRNetwork(nn.Module):
         """conv_last(upsample(features)): (N,c,h,w) to (N,3,s·h,s·w)."""
         if features.dtype != torch.bfloat16:
             return self.conv_last(self.upsample(features))
-        *layers, shuffle = self.upsample
-        for layer in layers:
-            features = layer(features)
-        return shuffle_then_conv(features, shuffle.upscale_factor, self.conv_last)
+        features = self.upsample[:-1](features)
+        return shuffle_then_conv(features, self.upsample[-1].upscale_factor, self.conv_last)
 
     def picture(self, y):
         """RGB in [0,1], float32 also under autocast, from what the last layer returns."""
@@ -125,8 +123,8 @@ class EDSR(SRNetwork):
     def __init__(self, scale, channels=64, blocks=16, res_scale=None, mean=DIV2K_MEAN, img_range=255.0):
         if res_scale is None:
             res_scale = 0.1 if blocks >= 32 else 1.0
-        super().__init__(arch="edsr", scale=scale, channels=channels, blocks=blocks, res_scale=res_scale,
-                         mean=list(mean), img_range=img_range)
+        super().__init__("edsr", scale, mean, img_range, channels=channels, blocks=blocks,
+                         res_scale=res_scale)
         self.add_layers(channels, (ResidualBlock(channels, res_scale) for _ in range(blocks)))
         self.receptive_radius = 2 * blocks + 4  # 2·blocks + 3 convolutions in LR, < 1 after
 
@@ -142,11 +140,11 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x):
         # On one pixel, the mean, a matrix product with the 1×1 convolutions' weights is the same, and faster.
-        squeeze, excite = self.attention["1"], self.attention["3"]
+        squeeze, excite = self.attention.values()
         y = x.mean((2, 3))  # (N,c)
         y = F.relu(F.linear(y, squeeze.weight.flatten(1), squeeze.bias))
         y = F.linear(y, excite.weight.flatten(1), excite.bias).sigmoid()
-        return x * y[:, :, None, None]
+        return x * y[..., None, None]
 
 
 class RCAB(nn.Module):  # residual channel attention block
@@ -174,8 +172,8 @@ class RCAN(SRNetwork):
     def __init__(self, scale, channels=64, blocks=20, groups=10, reduction=16, mean=DIV2K_MEAN,
                  img_range=255.0):
         reduction = min(reduction, channels)
-        super().__init__(arch="rcan", scale=scale, channels=channels, blocks=blocks, groups=groups,
-                         reduction=reduction, mean=list(mean), img_range=img_range)
+        super().__init__("rcan", scale, mean, img_range, channels=channels, blocks=blocks, groups=groups,
+                         reduction=reduction)
         self.add_layers(channels, (ResidualGroup(channels, blocks, reduction) for _ in range(groups)))
 
 
@@ -183,23 +181,10 @@ def mirror(x, multiple):
     """Extends x (N,c,h,w) below and to the right to multiples of `multiple`, by np.pad's "reflect"."""
     for dim in (-2, -1):
         n = x.shape[dim]
-        size = (n + multiple - 1) // multiple * multiple
         period = torch.full((1,), max(2 * n - 2, 1), device=x.device)  # a tensor, for the export to ONNX
-        i = torch.arange(size, device=x.device) % period
+        i = torch.arange(n + -n % multiple, device=x.device) % period
         x = x.index_select(dim, n - 1 - (n - 1 - i).abs())  # 0 1 … n−1 … 1 0 1 …
     return x
-
-
-def shift_mask(H, W, w, shift, device=None):
-    """(nW,w²,w²): −100 between pixels that the cyclic shift brought together from opposite edges, else 0.
-    H×W pixels, cut in nW = H/w·W/w windows of w×w in raster order."""
-    y = torch.arange(H, device=device) >= H - shift  # the rows that came from the opposite edge
-    x = torch.arange(W, device=device) >= W - shift
-    region = 2 * y[:, None].long() + x  # (H,W)
-    region = region.view(H // w, w, W // w, w)
-    region = region.transpose(1, 2).reshape(-1, w * w)  # (nW,w²)
-    apart = region[:, :, None] != region[:, None, :]
-    return apart.float() * -100.0
 
 
 class WindowAttention(nn.Module):
@@ -210,7 +195,7 @@ class WindowAttention(nn.Module):
         self.heads, self.window = heads, window
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
         pixels = torch.cartesian_prod(torch.arange(window), torch.arange(window))  # (w²,2): row, column
-        distance = pixels[:, None] - pixels[None, :] + window - 1  # (w²,w²,2), numbers 0 to 2w−2
+        distance = pixels[:, None] - pixels + window - 1  # (w²,w²,2), numbers 0 to 2w−2
         index = distance[..., 0] * (2 * window - 1) + distance[..., 1]
         self.register_buffer("relative_position_index", index, persistent=False)  # (w²,w²)
         self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
@@ -228,12 +213,12 @@ class WindowAttention(nn.Module):
         qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)  # (3,N,rows,columns,h,w,w,d)
         q, k, v = qkv.reshape(3, -1, h, w * w, d)  # (N·nW,h,w²,d) each
         bias = self.relative_position_bias_table.index_select(0, self.relative_position_index.flatten())
-        bias = bias.view(1, w * w, w * w, h).permute(0, 3, 1, 2)  # (1,h,w²,w²)
+        bias = bias.t().view(1, h, w * w, w * w)
         if mask is not None:
             bias = bias + mask[:, None]  # (nW,h,w²,w²)
-        scores = (q * d ** -0.5) @ k.transpose(-2, -1)  # (N·nW,h,w²,w²)
+        scores = (q * d ** -0.5) @ k.mT  # (N·nW,h,w²,w²)
         scores = scores.unflatten(0, (-1, bias.shape[0])) + bias.to(scores.dtype)
-        y = scores.flatten(0, 1).softmax(-1).to(v.dtype) @ v  # (N·nW,h,w²,d)
+        y = scores.flatten(0, 1).softmax(-1) @ v  # (N·nW,h,w²,d)
         y = y.view(N, rows, columns, h, w, w, d)
         y = y.permute(0, 1, 4, 2, 5, 3, 6)  # (N,rows,w,columns,w,h,d)
         return self.proj(y.reshape(N, H, W, C))
@@ -242,15 +227,15 @@ class WindowAttention(nn.Module):
 class SwinLayer(nn.Module):
     """LayerNorm and window attention, shifted or not; then LayerNorm and an MLP. Both are residual."""
 
-    def __init__(self, channels, heads, window, shift, mlp_ratio):
+    def __init__(self, channels, heads, window, mlp_ratio, shifted):
         super().__init__()
         hidden = int(channels * mlp_ratio + 1e-6)  # in floats, 22·(15/22) is 14.999…
-        self.shift = shift
+        self.shift = window // 2 if shifted else 0
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.attn = WindowAttention(channels, heads, window)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(channels, hidden), "fc2": nn.Linear(hidden, channels)})
 
-    def forward(self, x, mask, keep=None):
+    def forward(self, x, mask, keep):
         """x (N,H,W,C); keep (2,N,1,1,1): the factors by which drop-path scales the two branches, or None."""
         y, s = self.norm1(x), self.shift
         if s:
@@ -265,20 +250,18 @@ class SwinLayer(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """The paper's RSTB: Swin layers, every other one shifted, and a convolution. It is residual."""
+    """The paper's RSTB: Swin layers and a convolution. It is residual."""
 
-    def __init__(self, channels, heads, window, mlp_ratio, layers):
+    def __init__(self, channels, blocks):
         super().__init__()
-        shifts = [window // 2 if i % 2 else 0 for i in range(layers)]
-        blocks = nn.ModuleList([SwinLayer(channels, heads, window, shift, mlp_ratio) for shift in shifts])
-        self.residual_group = nn.ModuleDict({"blocks": blocks})
+        self.residual_group = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x, mask, keep):
         y = x
         for layer, factors in zip(self.residual_group["blocks"], keep):
             y = layer(y, mask, factors)
-        return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.conv(y.movedim(-1, 1)).movedim(1, -1)
 
 
 class SwinIR(SRNetwork):
@@ -287,9 +270,8 @@ class SwinIR(SRNetwork):
 
     def __init__(self, scale, channels=180, stages=6, layers=6, heads=6, window=8, mlp_ratio=2.0,
                  drop_path=0.1, head="pixelshuffle", mean=DIV2K_MEAN, img_range=1.0):
-        super().__init__(arch="swinir", scale=scale, channels=channels, stages=stages, layers=layers,
-                         heads=heads, window=window, mlp_ratio=mlp_ratio, drop_path=drop_path, head=head,
-                         mean=list(mean), img_range=img_range)
+        super().__init__("swinir", scale, mean, img_range, channels=channels, stages=stages, layers=layers,
+                         heads=heads, window=window, mlp_ratio=mlp_ratio, drop_path=drop_path, head=head)
         if channels % heads:
             raise CheckpointError(f"SwinIR's channels ({channels}) must be a multiple of its {heads} heads")
         self.window, self.direct = window, head == "pixelshuffledirect"
@@ -297,8 +279,10 @@ class SwinIR(SRNetwork):
         self.register_buffer("drop_rates", rates.view(stages, layers, 1, 1, 1, 1, 1), persistent=False)
         self.conv_first = conv3x3(3, channels)
         self.patch_embed = nn.ModuleDict({"norm": nn.LayerNorm(channels)})
-        sizes = (channels, heads, window, mlp_ratio, layers)
-        self.layers = nn.ModuleList([SwinStage(*sizes) for _ in range(stages)])
+        self.layers = nn.ModuleList()
+        for _ in range(stages):
+            blocks = [SwinLayer(channels, heads, window, mlp_ratio, i % 2 == 1) for i in range(layers)]
+            self.layers.append(SwinStage(channels, blocks))
         self.norm, self.conv_after_body = nn.LayerNorm(channels), conv3x3(channels, channels)
         if self.direct:
             self.upsample = nn.Sequential(conv3x3(channels, 3 * scale ** 2), nn.PixelShuffle(scale))
@@ -315,23 +299,35 @@ class SwinIR(SRNetwork):
     def forward(self, x):
         h, w = x.shape[-2:]
         x = self.conv_first(mirror((x - self.mean) * self.img_range, self.window))  # (N,C,H,W)
-        mask = shift_mask(*x.shape[-2:], self.window, self.window // 2, x.device)
+        mask = self.shift_mask(*x.shape[-2:])
         stages, layers = self.drop_rates.shape[:2]
         factors = [[None] * layers] * stages
-        if self.training and self.config["drop_path"]:  # 0 drops a branch, 1/(1 − rate) keeps the mean
+        if self.training:  # 0 drops a branch, 1/(1 − rate) keeps the mean
             kept = torch.rand(stages, layers, 2, x.shape[0], 1, 1, 1, device=x.device) >= self.drop_rates
             factors = kept / (1 - self.drop_rates)
-        y = self.patch_embed["norm"](x.permute(0, 2, 3, 1))  # (N,H,W,C) between the convolutions
+        y = self.patch_embed["norm"](x.movedim(1, -1))  # (N,H,W,C) between the convolutions
         for stage, keep in zip(self.layers, factors):
             y = stage(y, mask, keep)
-        y = self.conv_after_body(self.norm(y).permute(0, 3, 1, 2)) + x
+        y = self.conv_after_body(self.norm(y).movedim(-1, 1)) + x
         y = self.upsample(y) if self.direct else self.enlarge(self.conv_before_upsample(y))
         return self.picture(y)[..., :h * self.scale, :w * self.scale]
+
+    def shift_mask(self, H, W):
+        """(nW,w²,w²): −100 between pixels that the cyclic shift brought together from opposite edges, else 0.
+        H×W pixels, cut in nW = H/w·W/w windows of w×w in raster order."""
+        w, device = self.window, self.mean.device
+        y = torch.arange(H, device=device) >= H - w // 2  # the rows that came from the opposite edge
+        x = torch.arange(W, device=device) >= W - w // 2
+        region = 2 * y[:, None].long() + x  # (H,W)
+        region = region.view(H // w, w, W // w, w)
+        region = region.transpose(1, 2).reshape(-1, w * w)  # (nW,w²)
+        apart = region[:, :, None] != region[:, None]
+        return apart.float() * -100.0
 
     def authors_buffers(self):
         """The constants that the authors' files hold beside the weights. Their masks fit a 48×48 input."""
         side = 48 // self.window * self.window
-        mask = shift_mask(side, side, self.window, self.window // 2)
+        mask = self.shift_mask(side, side)
         buffers = {k: v for k, v in self.named_buffers() if k.endswith("relative_position_index")}
         layers = [name for name, m in self.named_modules() if isinstance(m, SwinLayer) and m.shift]
         return buffers | {f"{name}.attn_mask": mask for name in layers}
@@ -351,9 +347,9 @@ def config_of(name, scale):
     """The config of a model name (NAMES_HELP). CheckpointError for an unknown one."""
     spelled = PRESETS.get(name, name)
     number = "([1-9][0-9]*)"
-    if found := re.fullmatch(f"edsr_c{number}b{number}(r[0-9]*[.]?[0-9]+)?", spelled):
+    if found := re.fullmatch(f"edsr_c{number}b{number}(?:r([0-9]*[.]?[0-9]+))?", spelled):
         channels, blocks, r = found.groups()
-        res_scale = float(r[1:]) if r else None
+        res_scale = float(r) if r else None
         return dict(arch="edsr", scale=scale, channels=int(channels), blocks=int(blocks), res_scale=res_scale)
     if found := re.fullmatch(f"rcan_c{number}b{number}g{number}", spelled):
         channels, blocks, groups = map(int, found.groups())
@@ -400,16 +396,16 @@ def multiply_adds(model, width=1280, height=720):
     They are counted for a 48×48 input, without computing anything, and scaled by area."""
     if not isinstance(model, SRNetwork):
         return None
-    shadow = copy.deepcopy(model).to("meta").eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow(torch.empty(1, 3, 48, 48, device="meta"))
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shadow = from_config(model.config).eval()
+        shadow(torch.empty(1, 3, 48, 48))
     return counter.get_total_flops() / 2 * width * height / (48 * model.scale) ** 2
 
 
 def describe(config):
     """A config in one line, "edsr scale=4 channels=64 blocks=16 res_scale=1.0 mean=[…] img_range=255.0"."""
-    sizes = [f"{k}={v}" for k, v in config.items() if k not in ("arch", "drop_path")]
-    return " ".join([config["arch"], *sizes])
+    sizes = " ".join(f"{k}={v}" for k, v in config.items() if k not in ("arch", "drop_path"))
+    return f"{config['arch']} {sizes}"
 
 
 @contextlib.contextmanager
@@ -432,15 +428,13 @@ def replacing(path):
 def save(path, model, raw=None):
     """Writes {"params_ema", "params", "config"}, which BasicSR reads as well, and SwinIR's authors' code.
     "params_ema" are the weights of `model`. "params" are the same, or those of the state dict `raw`."""
+    averaged = model.state_dict()
+    content = dict(params_ema=averaged, params=raw or averaged, config=model.config)
     constants = model.authors_buffers() if isinstance(model, SwinIR) else {}
-    averaged = model.state_dict() | constants
-    raw = averaged if raw is None else raw | constants
+    for key in ("params_ema", "params"):
+        content[key] = {name: v.cpu().contiguous() for name, v in (content[key] | constants).items()}
     with replacing(path) as file:
-        torch.save({"params_ema": on_cpu(averaged), "params": on_cpu(raw), "config": model.config}, file)
-
-
-def on_cpu(state):
-    return {name: v.cpu().contiguous() for name, v in state.items()}
+        torch.save(content, file)
 
 
 def read_file(path):
@@ -475,7 +469,7 @@ def unwrap(content, path):
             content = content[key]
     counters = ("total_ops", "total_params", "n_averaged")  # of thop, and of torch's AveragedModel
     weights = {str(name): v for name, v in content.items()
-               if torch.is_tensor(v) and str(name).split(".")[-1] not in counters}
+               if torch.is_tensor(v) and not str(name).endswith(counters)}
     if not weights:
         raise CheckpointError(f"{path} holds no weights. Its first entries are {list(content)[:3]}")
     return weights, config
@@ -506,8 +500,7 @@ RCAN_NAMES = COMMON_NAMES | {
 
 def translate(state):
     """(state, settings): the weights under this file's names; mean and img_range if the file tells.
-    EDSR and RCAN under their authors' names but without sub_mean, as other codes train them, subtract no mean
-    and compute in [0,1]."""
+    Authors' names (EDSR's, RCAN's) without sub_mean: another code's training, without a mean and in [0,1]."""
     constants = (".attn_mask", ".relative_position_index")  # SwinIR computes them
     state = {name: v for name, v in state.items() if not name.endswith(constants)}
     settings = {}
@@ -527,9 +520,8 @@ def fold_mean_shifts(state):
         sub_mean  Wx + b = W(x − m) with m = −W⁻¹b. The network subtracts m, so W joins the first layer.
         add_mean  Az + c = (Az + c − m) + m. The network adds m, so A and c − m join the last layer.
     This is exact, also at the border: zeros beside W(x − m) are zeros beside x − m."""
-    shifts = {k: state.pop(k).double() for k in list(state) if k.startswith(("sub_mean.", "add_mean."))}
-    W, A = shifts["sub_mean.weight"].view(3, 3), shifts["add_mean.weight"].view(3, 3)
-    b, c = shifts["sub_mean.bias"], shifts["add_mean.bias"]
+    W, A = (state.pop(f"{name}_mean.weight").double().view(3, 3) for name in ("sub", "add"))
+    b, c = (state.pop(f"{name}_mean.bias").double() for name in ("sub", "add"))
     m = torch.linalg.solve(W, -b)
     first, last, bias = (state[k].double() for k in ("head.0.weight", "tail.1.weight", "tail.1.bias"))
     state["head.0.weight"] = torch.einsum("oihw,ij->ojhw", first, W)
@@ -546,22 +538,21 @@ def infer(state):
 
     channels = len(state["conv_first.weight"])
     widened, width = state["upsample.0.weight"].shape[:2]  # a stage of ×r widens to r² times the channels
-    scale = 3 if widened == 9 * width else 2 ** count("upsample.")
+    config = dict(channels=channels, scale=3 if widened == 9 * width else 2 ** count("upsample."))
     if "body.0.conv1.weight" in state:
-        return dict(arch="edsr", scale=scale, channels=channels, blocks=count("body."))
+        return config | dict(arch="edsr", blocks=count("body."))
     if "body.0.residual_group.0.rcab.0.weight" in state:
         squeezed = len(state["body.0.residual_group.0.rcab.3.attention.1.weight"])
-        return dict(arch="rcan", scale=scale, channels=channels, groups=count("body."),
-                    blocks=count("body.0.residual_group."), reduction=channels // squeezed)
-    layer = "layers.0.residual_group.blocks.0"
-    entries, heads = state[f"{layer}.attn.relative_position_bias_table"].shape  # ((2·window − 1)², heads)
-    config = dict(arch="swinir", scale=scale, channels=channels, heads=heads,
-                  window=(math.isqrt(entries) + 1) // 2, stages=count("layers."),
-                  layers=count("layers.0.residual_group.blocks."),
-                  mlp_ratio=len(state[f"{layer}.mlp.fc1.weight"]) / channels)
+        return config | dict(arch="rcan", groups=count("body."), blocks=count("body.0.residual_group."),
+                             reduction=channels // squeezed)
     if "conv_before_upsample.0.weight" not in state:
         config |= dict(head="pixelshuffledirect", scale=math.isqrt(widened // 3))
-    return config
+    layer = "layers.0.residual_group.blocks.0"
+    entries, heads = state[f"{layer}.attn.relative_position_bias_table"].shape  # ((2·window − 1)², heads)
+    hidden = len(state[f"{layer}.mlp.fc1.weight"])
+    return config | dict(arch="swinir", heads=heads, window=(math.isqrt(entries) + 1) // 2,
+                         mlp_ratio=hidden / channels, stages=count("layers."),
+                         layers=count("layers.0.residual_group.blocks."))
 
 
 class Foreign(nn.Module):
@@ -604,11 +595,11 @@ def from_spandrel(weights, path):
 
 
 def load(path, **override):
-    """The network in a checkpoint file, in eval mode, float32, on the CPU. CheckpointError if it fits none,
-    or if a weight is NaN or infinite.
-    Reads files of this project, of EDSR's, RCAN's and SwinIR's authors, of BasicSR, and .safetensors.
-    Names and shapes tell the sizes. res_scale, mean and img_range are what the file says or, where it says
-    nothing, the published ones. load(path, res_scale=1.0) overrides them."""
+    """The network in a file of this project, of EDSR's, RCAN's or SwinIR's authors, or of BasicSR, also as
+    .safetensors. It is in eval mode, float32, on the CPU. CheckpointError if the file fits none, or if a
+    weight is NaN or infinite.
+    Names and shapes tell the sizes. res_scale, mean and img_range are the file's, else the published ones.
+    load(path, res_scale=1.0) overrides them."""
     weights, stored = unwrap(read_file(path), path)
     try:
         state, settings = translate(without_prefixes(weights)[-1])
