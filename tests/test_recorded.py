@@ -1,0 +1,102 @@
+"""Whether a training step can be recorded as a CUDA graph. No GPU is needed, but a torch built with CUDA.
+
+A CUDA graph repeats what the GPU did. What Python and the CPU did beside it is not repeated. So a step may
+read no value from the GPU, and may use no tensor on the CPU. Here it runs on fake tensors. They are on a GPU
+that need not exist, and have a shape and a type, but no values: reading one is an error. A watch keeps every
+operation and its tensors, and so tells where they are.
+The backward pass needs a real GPU and is left out. test_train.py watches it on the CPU.
+"""
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import dukd
+import train
+from test_train import STUDENTS, place, settings  # noqa: F401 (place is a fixture of settings)
+
+pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch is built without CUDA")
+
+METHODS = {method: [f"--method={method}"] for method in dukd.METHODS}
+METHODS["everything"] = ["--augment-zoom-out", "--crops=2"]
+METHODS["everything"] += [f"--lambda-{term.replace('_', '-')}=1" for term in dukd.TERMS]
+
+UNRECORDABLE = dict(
+    a_value_is_read=lambda x: x * x.sum().item(),
+    a_size_that_depends_on_values=lambda x: x.masked_select(x > 0),
+    a_copy_to_the_cpu=lambda x: x.cpu(),
+    a_constant_copied_from_the_cpu=lambda x: x * torch.tensor(2.0, device=x.device),
+    a_draw_on_the_cpu=lambda x: x * torch.rand(2).to(x.device))
+
+
+@pytest.fixture(autouse=True)
+def pretended_device(monkeypatch):
+    """Autocast works as on a GPU, and `backward` does nothing. No test gets bicubic weights of another."""
+    try:
+        with FakeTensorMode():
+            torch.ones(1, device="cuda:0")[0]
+    except RuntimeError:
+        pytest.skip("this torch needs a GPU to index even a fake tensor, as 2.9 for CUDA 12")
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    dukd.bicubic_neighbours.cache_clear()
+    yield
+    dukd.bicubic_neighbours.cache_clear()
+
+
+class Watch(TorchDispatchMode):
+    """Keeps each operation: its name, and the tensors that it takes and returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, result))
+        self.seen.append((str(function), [leaf for leaf in leaves if torch.is_tensor(leaf)]))
+        return result
+
+
+def watched(step, *inputs):
+    """What the watch sees of the second call. AssertionError where a tensor is not on the GPU."""
+    step(*inputs)  # what is made once and kept, as bicubic's weights, may come from the CPU
+    with Watch() as watch:
+        step(*inputs)
+    elsewhere = [name for name, tensors in watch.seen if any(t.device.type != "cuda" for t in tensors)]
+    assert not elsewhere, f"these operations have tensors on the CPU: {elsewhere}"
+    return watch.seen
+
+
+def make_fake(network):
+    """Replaces its weights and buffers by fake tensors on the GPU, which need no gradients."""
+    for module in network.modules():
+        for name, real in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            fake = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="cuda:0")
+            delattr(module, name)
+            setattr(module, name, fake)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", STUDENTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_reads_no_value_and_stays_on_its_device(settings, method, family, precision):
+    """And its convolutions compute in the precision that is asked for."""
+    run = train.Run(settings("run", *METHODS[method], family=family, precision=precision))
+    with FakeTensorMode():
+        make_fake(run.student)
+        make_fake(run.teacher)
+        lr, hr = torch.rand(2, 3, 8, 8, device="cuda:0"), torch.rand(2, 3, 32, 32, device="cuda:0")
+        seen = watched(train.forward_backward, run, lr, hr)
+    convolved = {t.dtype for name, tensors in seen if "convolution" in name for t in tensors}
+    assert convolved == {getattr(torch, precision)}
+
+
+@pytest.mark.parametrize("step", UNRECORDABLE)
+def test_what_cannot_be_recorded_is_noticed(step):
+    errors = AssertionError, DataDependentOutputException, DynamicOutputShapeException
+    with FakeTensorMode(), pytest.raises(errors):
+        watched(UNRECORDABLE[step], torch.rand(2, device="cuda:0"))
