@@ -4,6 +4,7 @@ A picture is a uint8 array (H,W,3), RGB. A batch is a float tensor (N,3,h,w) in 
 """
 import functools
 import hashlib
+import io
 import re
 import sys
 import threading
@@ -61,7 +62,8 @@ def read_image(path):
         raise DataError(f"{path} is not a readable image ({str(e)[:100] or type(e).__name__})") from None
     if frames > 1 and not previews:
         raise DataError(f"{path} holds {frames} frames; split it into single pictures")
-    if re.match("[IF]", layout) or re.search("(?<!BGR);1[26]|ppm.*[0-9]{4}\\)", layout):
+    # modes I and F; raw modes such as RGB;16B, but not BGR;16 (5 bits a colour); PPM's ('RGB', 4095))]
+    if re.match("[IF]", layout) or re.search("(?<!BGR);1[26]|ppm.*[0-9]{4}\\)\\)", layout):
         raise DataError(f"{path} has more than 8 bits a value; convert it: magick {path} -depth 8 new.png")
     if transparent:
         note("transparency is left out: colours are taken as they are under it")
@@ -78,7 +80,7 @@ def find_images(places):
                 raise DataError(f"{path} does not exist, or is a link to a file that does not exist")
             again += found.setdefault(path.resolve(), path) != path
     if again:
-        note(f"{again} pictures of {places[0]} are left out, as links to others, or named twice")
+        note(f"{again} pictures of {places[0]} are left out, as they are links to others")
     return list(found.values())
 
 
@@ -100,7 +102,7 @@ def images_in(folder):
 
 def find_hr(places):
     """`find_images` for HR. DataError where a folder has a picture twice: as a_HR and a_LR, or as a and a_x4.
-    Names like tile_x1 and tile_x2, or fox1 and fox3, are those of different pictures."""
+    tile_x1 beside tile_x2, and fox1 beside fox3, are two pictures."""
     kind, size = "[_-](HR|LR|LRBI|SR|GT)(x?[2348])?", "[_-]?x[2348]"
     images, found = find_images(places), {}  # found: {(folder, name without a kind): path}
     for path in images:
@@ -119,7 +121,7 @@ def refuse_twin(path, twin):
 
 def embedded(names):
     """The paths of some of scikit-image's photographs: TRAIN or VAL."""
-    return find_images(PHOTOGRAPHS / name for name in names)
+    return find_images([PHOTOGRAPHS / name for name in names])
 
 
 def imresize(image, factor):
@@ -140,7 +142,8 @@ def imresize(image, factor):
 def read_pair(path, scale, least=1, cache=None):
     """(lr, hr) of an HR file: hr is cropped at the bottom and right to multiples of s, lr is hr resized.
     cache: a folder for two .npy files, which are made the first time, and mapped later: a set may be larger
-    than memory. Their name tells the picture's path, size and times, and s. Damaged ones are made anew.
+    than memory. Their name is a hash of the picture's path, size and times, and of s. Damaged ones are made
+    anew. None: each call decodes.
     DataError where a side of lr has less than `least` pixels. OSError where the disk is full."""
     files = []
     if cache:
@@ -157,8 +160,9 @@ def read_pair(path, scale, least=1, cache=None):
         lr = imresize(hr, 1 / scale)
         for file, image in zip(files, (lr, hr)):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with models.replacing(file) as f:
-                np.save(f, image)
+            content = io.BytesIO()
+            np.save(content, image)
+            models.replace_file(file, content.getvalue())
     h, w = lr.shape[:2]
     if min(h, w) < least:
         raise DataError(f"{path} is too small: its LR is {w}x{h}, and {least}x{least} or more is needed")

@@ -5,8 +5,8 @@ are made out of them. Only the teacher can label a new input. The paper's loss, 
 
     L = L_rec + λ_kd·L_kd + λ_dukd·L_dukd
 
-`losses` computes each term of it. It trains in train.py, and it is the function to copy. L_rec is the term
-rec, L_kd is kd, L_dukd is zoom_in + zoom_out + zoom_out_rec: see TERMS.
+`losses` computes each term of it, and trains in train.py. L_rec is the term rec, L_kd is kd, L_dukd is
+zoom_in + zoom_out + zoom_out_rec: see TERMS.
 
 F is an invertible augmentation: it flips, transposes, inverts colours. In zoom-in, the student sees F(z)
 and the teacher z. F⁻¹ undoes F on the student's output. So the student must answer alike for every F.
@@ -28,9 +28,9 @@ TERMS = dict(
     zoom_in="|F^-1(f_S(F(z))) - f_T(z)|: z is a crop of I_HR, as large as I_LR",
     zoom_out="|f_S(z) - f_T(z)|: z is I_LR, bicubically reduced by s again",
     zoom_out_rec="|f_S(z) - I_LR|: the ground truth of that z is I_LR",
-    fitnet="channel means of four feature maps",
-    at="attention maps of the four",
-    fakd="spatial affinities of the four")
+    fitnet="FitNet: channel means of feature maps",
+    at="AT: attention maps of feature maps",
+    fakd="FAKD: spatial affinities of feature maps")
 
 # A method is the weight of each term. λ_dukd is the weight of zoom_in, zoom_out and zoom_out_rec alike.
 METHODS = {
@@ -46,8 +46,8 @@ METHODS = {
 
 def zoom_in(hr, size, generator=None):
     """z of zoom-in: one crop of the LR patch's size at a random place of each HR patch.
-    It is h×w pixels of a photograph, as every LR patch is. Its ground truth would be s times as fine, and
-    does not exist: the teacher's label stands in for it.
+    It is h×w pixels of a photograph, as every LR patch is. Its ground truth, s times as fine, does not exist:
+    the teacher's output is the label.
     hr: I_HR (N,C,H,W). size: h, or (h, w). generator: on hr's device. Returns z (N,C,h,w), a copy.
     Every position is equally likely. ValueError where the crop is larger than the patch."""
     n, _, H, W = hr.shape
@@ -208,8 +208,8 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
       taps=[(student.body[1], teacher.body[3])]. If the next module overwrites an output, as
       ReLU(inplace=True) does, the overwritten one is compared.
     generator: for z and F; on lr's device. Autocast is the caller's. ValueError for what does not fit.
-    I_LR and a crop have one size, so they share a forward: twice the memory, and a BatchNorm of the student
-    sees both in one batch."""
+    I_LR and a crop have one size, so they share a forward: it takes twice the memory, and a BatchNorm of the
+    student sees both in one batch."""
     on = {term for term, weight in weights.items() if weight}
     feature_terms = on & {"fitnet", "at", "fakd"}
     if unknown := weights.keys() - {*TERMS}:

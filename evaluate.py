@@ -155,7 +155,7 @@ def reader(place, scale, names):
         found = [file for file in owned[name] if composed(file.stem) in forms] or owned[name]
         if len(found) != 1:
             files = " and ".join(file.name for file in found) or "no picture"
-            raise data.DataError(f"{place} has {files} for {name}: it needs one, such as {name}_x{scale}.png")
+            raise data.DataError(f"{place} has {files} for {name}: one is needed, as {name}_x{scale}.png")
         sr = data.read_image(found[0])
         expected = (scale * lr.shape[0], scale * lr.shape[1], 3)
         if sr.shape != expected:
@@ -167,12 +167,12 @@ def reader(place, scale, names):
 def score(make, pictures, scale, label, published=False, metrics=dict(psnr=psnr_y, ssim=ssim_y)):
     """The means of the metrics over pictures [(path, lr, hr)], and those of each picture. label: of the bar.
     published: score `published_bicubic`, not what `make` makes."""
-    images = {}
+    found = []
     for path, lr, hr in progress(pictures, label):
         two = published_bicubic(path, hr, scale) if published else (make(path, lr), hr)
-        images[path.stem] = {name: metric(*two, scale) for name, metric in metrics.items()}
-    means = {name: float(np.mean([found[name] for found in images.values()])) for name in metrics}
-    return means | dict(images=images)
+        found.append({name: metric(*two, scale) for name, metric in metrics.items()})
+    means = {name: float(np.mean([one[name] for one in found])) for name in metrics}
+    return means | dict(images={path.stem: one for (path, _, _), one in zip(pictures, found)})
 
 
 def print_table(rows, networks, sets, against, about, options):
@@ -313,8 +313,7 @@ def write_picture(path, image, profile=None):
     """Writes uint8 (H,W,3) as `encoded` says."""
     content = encoded(path, image, profile)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with models.replacing(path) as file:
-        file.write(content)
+    models.replace_file(path, content)
 
 
 def parse(argv):
@@ -399,7 +398,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def forget(stream):
-    """Has what is written to a stream go nowhere, also what Python flushes at its end."""
+    """Sends a stream to the null device, also what is still in its buffer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

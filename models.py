@@ -11,8 +11,8 @@ Every network maps (N,3,h,w) to (N,3,s·h,s·w), RGB floats in [0,1], and carrie
     SwinIR Liang et al., SwinIR: Image Restoration Using Swin Transformer, ICCVW 2021
 Parameter names are those of BasicSR (EDSR, RCAN) and of SwinIR's authors, so files move both ways.
 """
-import contextlib
 import inspect
+import io
 import math
 import os
 import re
@@ -81,7 +81,7 @@ class SRNetwork(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1), persistent=False)
 
     def add_layers(self, channels, blocks):
-        """The layers of EDSR and RCAN. blocks: a generator of the body's, made after the first layer."""
+        """The layers of EDSR and RCAN. blocks: a generator, so conv_first draws its weights before them."""
         self.conv_first = conv3x3(3, channels)
         self.body = nn.Sequential(*blocks)
         self.conv_after_body = conv3x3(channels, channels)
@@ -408,14 +408,13 @@ def describe(config):
     return f"{config['arch']} {sizes}"
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """Yields a binary file that takes the place of `path` once it is whole and on the disk.
+def replace_file(path, content):
+    """Writes bytes to a file, which takes the place of `path` once it is whole and on the disk.
     After an exception (OSError: the disk is full) the old file is as it was, and the new one is removed."""
-    own = Path(path).with_name(f".{os.getpid()}_{threading.get_ident()}.tmp")  # other writers have others
+    own = Path(path).with_name(f".{os.getpid()}_{threading.get_ident()}.tmp")  # of this process and thread
     try:
         with open(own, "wb") as file:
-            yield file
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(own, path)
@@ -423,6 +422,13 @@ def replacing(path):
         raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         own.unlink(missing_ok=True)  # it exists only after an exception
+
+
+def as_bytes(content):
+    """What torch.save writes. To a full disk it would raise a RuntimeError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def save(path, model, raw=None):
@@ -433,8 +439,7 @@ def save(path, model, raw=None):
     constants = model.authors_buffers() if isinstance(model, SwinIR) else {}
     for key in ("params_ema", "params"):
         content[key] = {name: v.cpu().contiguous() for name, v in (content[key] | constants).items()}
-    with replacing(path) as file:
-        torch.save(content, file)
+    replace_file(path, as_bytes(content))
 
 
 def read_file(path):
@@ -500,7 +505,7 @@ RCAN_NAMES = COMMON_NAMES | {
 
 def translate(state):
     """(state, settings): the weights under this file's names; mean and img_range if the file tells.
-    Authors' names (EDSR's, RCAN's) without sub_mean: another code's training, without a mean and in [0,1]."""
+    EDSR's and RCAN's authors' names without sub_mean come from codes without a mean, in [0,1]."""
     constants = (".attn_mask", ".relative_position_index")  # SwinIR computes them
     state = {name: v for name, v in state.items() if not name.endswith(constants)}
     settings = {}

@@ -39,8 +39,8 @@ import models
 from evaluate import FILE, between
 
 QUICK = dict(steps=1300, batch=2, patch=24, lr=1.4e-3, schedule="cosine")
-MAY_CHANGE = {"resume", "teacher", "data", "val", "cache", "device", "compile", "val_every"}  # with --resume
-# How long the processes of torchrun wait for each other: at the start, and later, while the first one scores.
+MAY_CHANGE = {"resume", "teacher", "data", "val", "cache", "device", "compile", "val_every"}  # by --resume
+# How long torchrun's processes wait for each other: to start; later, while the first one scores.
 RENDEZVOUS, SCORING = datetime.timedelta(minutes=10), datetime.timedelta(hours=5)
 
 
@@ -62,7 +62,7 @@ def run_folder(text):
 
 def parse(argv):
     """The command line as argparse's namespace. Defaults come in layers, each covers the earlier ones: built
-    in, of --method, of --quick, of the run to --resume. What is typed comes last."""
+    in, of --method, of --quick, of the run to --resume. Typed flags win."""
     first = evaluate.Parser(add_help=False, allow_abbrev=False)
     g = first.add_argument_group("what sets the defaults of the others")
     g.add_argument("--method", choices=dukd.METHODS, default="dukd", help="weights of the loss, see below")
@@ -82,7 +82,7 @@ def parse(argv):
     g.add_argument("--data", type=FILE, nargs="+", default=[], metavar="DIR",
                    help="HR [scikit-image's photographs]")
     g.add_argument("--val", type=FILE, nargs="+", default=[], metavar="DIR",
-                   help="held-out HR [1 to 10 of --data]")
+                   help="held-out HR [a tenth of --data, 1 to 10]")
     g.add_argument("--init", type=FILE, metavar="FILE", default="", help="what the student starts from")
     g.add_argument("--out", type=FILE, metavar="DIR", default="",
                    help="run folder [a new runs/METHOD_STUDENT_xSCALE]")
@@ -112,11 +112,12 @@ def parse(argv):
     g.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of the networks [auto: bfloat16 where the device computes in it]")
     g.add_argument("--compile", choices=("graph", "blocks", "no"), default="graph",
-                   help="on CUDA: compile the networks' blocks, and record the step as a graph [%(default)s]")
+                   help="on CUDA: blocks compiles the networks' blocks, graph also records the step "
+                        "[%(default)s]")
     g.add_argument("--cache", type=FILE, metavar="DIR", default="runs/cache",
                    help="decoded pictures [%(default)s]")
     g.add_argument("--val-every", metavar="STEPS", type=between(0, 10**9, int), default=0,
-                   help="between validations [a tenth of the run, at most 5000]; one more at step 100")
+                   help="between validations [a tenth of the run, at most 5000]; also at step 100")
 
     if chosen.quick:
         p.set_defaults(**QUICK)
@@ -171,7 +172,7 @@ def average_over_processes(tensors, world):
 def train(args, command="python train.py"):
     """One run, from settings to a student in its folder. Returns the Run, and the folder (None in all but the
     first process of torchrun). ConfigError, DataError, CheckpointError or OSError where settings or files
-    cannot be used."""
+    cannot be used. SystemExit where a signal stopped it."""
     run = Run(args)
     pair = run.patches[run.step]
     cost = try_step(run, pair)  # what cannot work ends here, before a folder is made
@@ -184,10 +185,10 @@ def train(args, command="python train.py"):
         bicubic = introduce(run, out, cost)
 
     window, began = [], time.perf_counter()  # the terms of each step since the last row of the log
-    rows = []  # of the log, to be written
+    rows, saved = [], run.step > 0  # rows of the log to be written; whether last.ckpt is of this step
     bar = tqdm(total=args.steps, initial=run.step, disable=run.rank > 0, ncols=80, mininterval=0.5,
                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
-    with caught_signals() as signals, bar:
+    with caught_signals() as signals:
         while run.step < args.steps:
             if run.step % run.log_every == 0 and any_process_has(signals, run):
                 break
@@ -202,11 +203,11 @@ def train(args, command="python train.py"):
             decay = min(args.ema, (1 + run.step) / (10 + run.step))  # low at first: random weights fade
             with torch.no_grad():
                 torch._foreach_lerp_(run.averaged, run.parameters, 1 - decay)
-            run.step += 1
+            run.step, saved = run.step + 1, False
             bar.update()
 
             # every so often: a row of the log, a validation, a checkpoint
-            validating = run.step % run.val_every == 0 or run.step in (100, args.steps)  # the first one soon
+            validating = run.step % run.val_every == 0 or run.step in (100, args.steps)  # 100: an early look
             if run.step % run.log_every and not validating:
                 continue
             means = torch.stack(window).mean(0).tolist()  # this waits for the GPU
@@ -216,17 +217,22 @@ def train(args, command="python train.py"):
                 if validating:
                     run.psnr = run.score(evaluate.upscaler(run.ema, evaluate.TILE), "student")
                 rows.append(run.row(means, validating, ms))
-                attempt(run, add_rows, out, rows)
+                attempt(add_rows, out, rows)
                 if validating:
-                    attempt(run, run.save, out)
+                    saved = attempt(run.save, out, True)
                 psnr = "?" if math.isnan(run.psnr) else f"{run.psnr:.2f}"
                 bar.set_postfix_str(f"loss {means[-1]:.4f}, {psnr} dB (bicubic {bicubic:.2f})", False)
             window, began = [], time.perf_counter()
-    if run.rank == 0:
-        finish(run, out, bicubic)
+        bar.close()
+        if run.rank == 0:
+            if not saved:
+                run.save(out, run.step == args.steps)
+            if rows:
+                add_rows(out, rows)
+            finish(run, out, bicubic)
     if run.world > 1:
         dist.destroy_process_group()
-    if signals:
+    if run.step < args.steps:
         raise SystemExit(128 + signals[0])
     return run, out
 
@@ -234,8 +240,8 @@ def train(args, command="python train.py"):
 @contextlib.contextmanager
 def caught_signals():
     """Yields a list that gets the number of a signal that asks the program to end: Ctrl-C, SIGTERM, a closed
-    terminal (unless nohup ignores it), a cluster's SIGUSR1. A second one ends it at once. In a thread other
-    than the main one, Python allows no signals."""
+    terminal's SIGHUP, a cluster's SIGUSR1. A second one ends it at once. What is ignored, as SIGHUP under
+    nohup, stays so. In a thread other than the main one, Python allows no signals."""
     caught, before = [], {}
 
     def handle(number, frame):
@@ -243,8 +249,9 @@ def caught_signals():
         signal.signal(number, signal.SIG_DFL)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         number = getattr(signal, name, None)  # Windows has two of them
-        ignored = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
-        if number and not ignored and threading.current_thread() is threading.main_thread():
+        if number is None or threading.current_thread() is not threading.main_thread():
+            continue
+        if signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, handle)
     try:
         yield caught
@@ -253,15 +260,15 @@ def caught_signals():
             signal.signal(number, handler)
 
 
-def attempt(run, write, *arguments):
-    """Writes. Where that is denied, as while Excel has log.csv open, training goes on, and the next write
-    makes up for it. Only the last one may fail."""
+def attempt(write, *arguments):
+    """Whether a write worked. Where it is denied, as while Excel has log.csv open, training goes on: it is
+    tried again later, and at the end."""
     try:
         write(*arguments)
+        return True
     except PermissionError as e:
-        if run.step == run.args.steps:
-            raise
         data.note(f"{e.filename} cannot be written now ({e.strerror}). It is tried again later")
+        return False
 
 
 def any_process_has(signals, run):
@@ -274,7 +281,8 @@ def any_process_has(signals, run):
 
 
 class Run:
-    """Networks, pictures and device of a run. Training changes their weights, and step, psnr and best."""
+    """Networks, pictures and device of a run. Training changes the student, its average (EMA), `step`, `psnr`
+    and `best`."""
 
     def __init__(self, args):
         self.args = args
@@ -292,15 +300,16 @@ class Run:
                              held_out=[path.name for path in val_paths], teacher_sha256=hashes)
         checkpoint = read_checkpoint(args.resume, self.identity) if args.resume else None
 
-        self.patches = data.Patches(train_paths, args.patch, self.scale, args.batch, args.seed, args.cache,
-                                    self.device, self.rank, self.world)
-        self.held = data.read_all(val_paths, self.scale, least=8)  # [(path, lr, hr)]
-
         torch.manual_seed(args.seed)
         if checkpoint:
             student = models.from_config(checkpoint["config"])
         else:
             student = build_student(args, teacher, self.scale)
+        self.patches = data.Patches(train_paths, args.patch, self.scale, args.batch, args.seed, args.cache,
+                                    self.device, self.rank, self.world)
+        scored = val_paths if self.rank == 0 else []
+        self.held = data.read_all(scored, self.scale, least=8)  # [(path, lr, hr)]
+
         self.student = student.to(self.device, memory_format=torch.channels_last)
         self.teacher = teacher and teacher.to(self.device, memory_format=torch.channels_last)
         self.taps = []  # pairs of modules
@@ -329,15 +338,14 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.psnr, self.best = state["step"], state["psnr"], state["best"]
 
-    def save(self, out):
-        """Writes student.pt, best.pt where it is the best so far, and then last.ckpt."""
+    def save(self, out, validated):
+        """Writes student.pt, best.pt if these weights are validated and the best so far, then last.ckpt."""
         raw = self.student.state_dict()
         models.save(out / "student.pt", self.ema, raw)
-        if self.psnr > self.best:
+        if validated and self.psnr > self.best:
             models.save(out / "best.pt", self.ema, raw)
             self.best = self.psnr
-        with models.replacing(out / "last.ckpt") as f:
-            torch.save(self.state(), f)
+        models.replace_file(out / "last.ckpt", models.as_bytes(self.state()))
 
     @torch.compiler.set_stance("force_eager")  # else blocks are compiled for each size of picture
     def score(self, make, label):
@@ -353,11 +361,12 @@ class Run:
         return ",".join(row) + "\n"
 
     def check_finite(self, loss):
-        """ConfigError where the loss or a weight is NaN or infinite. L1's gradient takes a NaN for 0."""
+        """ConfigError where the loss or a weight is NaN or infinite. L1's gradient at a NaN is 0, so weights
+        alone could look fine."""
         norm = torch.nn.utils.get_total_norm(self.parameters)
         if not (math.isfinite(loss) and norm.isfinite()):
-            raise ConfigError(f"the loss or the weights are not finite after step {self.step}. last.ckpt is "
-                              "older, and good. A lower --lr or --precision float32 may help")
+            raise ConfigError(f"the loss or the weights are not finite after step {self.step}. last.ckpt, if "
+                              "any, is older, and good. A lower --lr or --precision float32 may help")
 
 
 def set_up_device(name):
@@ -371,8 +380,8 @@ def set_up_device(name):
 
 
 def join_processes(device):
-    """(rank, world): which of torchrun's processes this is, and of how many. They join here. Rank 0, the
-    first one, prints; the others are silent."""
+    """(rank, world): which of torchrun's processes this is, and of how many. They join here. Only rank 0
+    prints to stdout."""
     if os.environ.get("WORLD_SIZE", "") in ("", "1"):
         return 0, 1
     try:
@@ -401,7 +410,7 @@ def choose_precision(name, device):
 
 
 def check_settings(args, teacher, world):
-    """ConfigError for settings that do not fit together. `dukd.losses` checks its own."""
+    """ConfigError for settings that do not fit together. The first step checks the rest, see `try_step`."""
     if not any(getattr(args, f"lambda_{term}") for term in dukd.TERMS):
         raise ConfigError("every term of the loss is off: nothing to learn from")
     if teacher is None and args.student == "small":
@@ -430,7 +439,7 @@ def choose_pictures(args):
     held_files = {path.resolve() for path in held}
     images = [path for path in images if path.resolve() not in held_files]
     if not images:
-        raise ConfigError(f"{args.data[0]} has no picture besides the held-out ones: name others with --val")
+        raise ConfigError("no picture is left besides the held-out ones: name others with --val")
     return images, held
 
 
@@ -452,7 +461,7 @@ def read_checkpoint(folder, identity):
     for name, now in identity.items():
         if saved[name] != now:
             others = sorted({*saved[name]} ^ {*now}) or ["the order"]
-            raise ConfigError(f"{folder} is another run: {name} differ in {', '.join(others)[:99]}")
+            raise ConfigError(f"{folder} is another run: {name} differs in {', '.join(others)[:99]}")
     state = models.read_file(last) if last.exists() else None
     if state and "optimizer" not in state:
         raise ConfigError(f"{last} is not the checkpoint of a run")
@@ -484,8 +493,8 @@ def build_student(args, teacher, scale):
 
 
 def try_step(run, pair):
-    """Tries a step. Returns what it took: seconds, and GiB of a GPU's memory, without Adam's averages.
-    ConfigError for what does not fit."""
+    """Tries a step. Returns its seconds, and the GiB of a GPU's memory that are taken so far (Adam's averages
+    come later). ConfigError for what does not fit."""
     began = time.perf_counter()
     try:
         forward_backward(run, *pair)
@@ -518,8 +527,7 @@ def write_config(run, out, command, cost):
     else:
         about = dict(settings=settings, identity=run.identity, **cost,
                      **evaluate.provenance(command, run.device))
-    with models.replacing(out / "config.json") as f:
-        f.write(json.dumps(about, indent=1).encode())
+    models.replace_file(out / "config.json", json.dumps(about, indent=1).encode())
 
 
 def begin_log(run, out):
@@ -532,13 +540,12 @@ def begin_log(run, out):
             step = row.split(",")[0]
             if row.endswith("\n") and step.isdigit() and int(step) <= run.step:
                 rows.append(row)
-    with models.replacing(log) as f:
-        f.write("".join(rows).encode())
+    models.replace_file(log, "".join(rows).encode())
 
 
 def add_rows(out, rows):
     """Adds rows to log.csv, and empties the list."""
-    with open(out / "log.csv", "a") as f:
+    with open(out / "log.csv", "a", newline="") as f:
         f.writelines(rows)
     rows.clear()
 
@@ -574,7 +581,6 @@ def introduce(run, out, cost):
 def finish(run, out, bicubic):
     """The last lines: how good the student is and where, or how to go on."""
     if run.step < run.args.steps:
-        run.save(out)
         print(f"stopped after step {run.step} of {run.args.steps}; go on with: "
               f"python train.py --resume {shlex.quote(out.as_posix())}")
         return
@@ -620,8 +626,8 @@ def compile_blocks(run, pair):
 
 class Recorded:
     """A step as one CUDA graph, which is launched at once instead of kernel by kernel.
-    A call copies its pair, I_LR and I_HR, into the recorded one. What the step draws is new in each replay,
-    since the generator is seeded before. Gradients stay where they were recorded: nobody sets them to None.
+    A call copies its pair, I_LR and I_HR, into the recorded one. Replays draw anew: the generator is seeded
+    before each step. Gradients stay where they were recorded: nobody sets them to None.
     A teacher that reads values from the GPU cannot be recorded, and a failed recording spoils the process. So
     the program starts anew without; where it cannot, there is a ConfigError."""
 

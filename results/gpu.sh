@@ -17,7 +17,7 @@ mkdir -p "$OUT" "$runs"
 
 limited() {  # seconds, name, command: runs it at most that long. Its output goes to a log, of which a failure shows the end
   local log=$runs/$2.log code
-  timeout -s INT -k 15 "$1" "${@:3}" >>"$log" 2>&1
+  timeout -k 15 "$1" "${@:3}" >>"$log" 2>&1
   code=$?
   if [ $code != 0 ]; then
     echo "exit $code after at most $1 s: ${*:3}"

@@ -331,6 +331,28 @@ def table(study, over="KD"):
                 yield f"| {n} | {arm} | {len(held)} | {' | '.join(scores)} | {spread(to_teacher)} |"
 
 
+# The README's rows: label, arm, its share of 2,400 or 10,000 steps, the time of a step in KD's.
+PAYS = [("scratch", "scratch", 1, "½"), ("KD", "KD", 1, "1"), ("KD for twice the steps", "KD", 2, "2"),
+        ("zoom-in, half the pairs", HALF, 1, "1"), ("zoom-in", "zoom-in", 1, "2"), ("DUKD", "DUKD", 1, "2")]
+
+
+def pays():
+    """The lines of the README's table: B100 and Set5 of each method after its time, by study Q."""
+    yield "| method | time | 8 photographs: B100 | Set5 | 881 photographs: B100 | Set5 |"
+    yield "|---" * 6 + "|"
+    rows = json.loads((RESULTS / "edsr_baseline.json").read_text())["evaluation"]["results"]
+    for label, file in (("bicubic", "bicubic"), ("the teacher, `edsr_baseline.pt`", "edsr_baseline.pt")):
+        b100, set5 = rows[file]["B100"]["psnr"], rows[file]["Set5"]["psnr"]
+        yield f"| {label} | – | {b100:.3f} | {set5:.2f} | {b100:.3f} | {set5:.2f} |"
+    for label, arm, share, time_taken in PAYS:
+        cells = []
+        for n, steps in ((8, 2400), (ALL, 10_000)):
+            for name, digits in (("B100", 3), ("Set5", 2)):
+                found = [*psnrs(lasting(arm, share * steps, "Q"), n, "best", name).values()]
+                cells.append(spread(found, digits) if found else "–")
+        yield f"| {label} | {time_taken} | {' | '.join(cells)} |"
+
+
 def runs_table(folders):
     """The lines of a table of run folders: the settings in which they differ, and their held-out PSNR."""
     runs = []  # (settings, log's rows)
@@ -495,6 +517,8 @@ def main():
         if not options.report:
             run(study, place, options.seeds, options.jobs)
         print(f"\n{study}", *table(study, options.over), sep="\n")
+        if study == "Q":
+            print("", *pays(), sep="\n")
         if study == "P":
             print("", *fit_of_p(), sep="\n")
     if options.plot:

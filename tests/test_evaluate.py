@@ -203,7 +203,7 @@ def test_results_are_found_by_name(tmp_path, files, found):
         if file in files:
             assert result() == files.index(file)
         else:
-            raises(data.DataError, result, f"{file} for {name}: it needs one")
+            raises(data.DataError, result, f"{file} for {name}: one is needed")
 
 
 def test_names_are_compared_as_one_form_of_unicode(tmp_path):

@@ -99,6 +99,20 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, stopped, c
     assert_same_outcome(whole, stopped)
 
 
+def limit_files():
+    """No file may have more than 20,000 bytes. It fails as on a full disk, in the midst of a write."""
+    import resource  # not on Windows
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_checkpoint_that_is_cut_off_is_one_line(place, tmp_path):
+    out = tmp_path / "run"
+    code, _ = run(settings(place, out), out, limit_files)
+    lines = Path(f"{out}.log2").read_text().splitlines()
+    assert code == 2 and lines[-1].endswith("student.pt cannot be read or written: File too large"), lines
+    assert not list(out.glob("*.pt")) and not list(out.glob(".*"))
+
+
 def test_nan_stops_the_run_and_the_last_checkpoint_stays(whole, stopped, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", lambda step, args: float("nan"))

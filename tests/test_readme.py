@@ -115,6 +115,8 @@ def test_its_rows_of_studies_are_made_from_the_records(monkeypatch):
     rows = re.findall(r"^\| (?:2K|2K reduced|\d+) \| .*", README + RESULTS, re.M)
     made = {line for name in study.STUDIES for line in study.table(name)} | {*study.fit_of_p()}
     assert rows and not {*rows} - made
+    pays = [*study.pays()]
+    assert len(pays) > 5 and all(line in README for line in pays)
 
 
 def test_the_table_of_runs_has_a_column_for_each_difference(tmp_path, monkeypatch, capsys):

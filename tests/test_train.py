@@ -230,7 +230,8 @@ def test_a_denied_write_is_made_up_for(settings, monkeypatch, capsys, denied):
         if Path(path).name == denied and next(count) in when:
             raise PermissionError(13, "Permission denied", str(path))
     monkeypatch.setattr(os, "replace", lambda a, b: (deny(b), replace(a, b)))
-    monkeypatch.setattr(train, "open", lambda path, mode: (deny(path), open(path, mode))[1], raising=False)
+    monkeypatch.setattr(train, "open", lambda path, mode, **more: (deny(path), open(path, mode, **more))[1],
+                        raising=False)
     when = {3} if denied == "log.csv" else {2}
     out = train.train(settings("denied", **given))[1]
     assert_same_outcome(whole, out)
@@ -271,14 +272,14 @@ def test_what_shapes_a_run_may_not_change(stopped, capsys):
         line = refusal(capsys, "--resume", stopped, *typed.split())
         assert f"{flag} is not for --resume" in line and f"--init {stopped}/student.pt" in line
     save(noise(64, 72, 3), "train/im9.png")
-    assert "another run: pictures differ in im9.png" in refusal(capsys, "--resume", stopped)
+    assert "another run: pictures differs in im9.png" in refusal(capsys, "--resume", stopped)
     Path("train/im9.png").rename("val/im1.png")
-    assert "another run: held_out differ in im1.png" in refusal(capsys, "--resume", stopped)
+    assert "another run: held_out differs in im1.png" in refusal(capsys, "--resume", stopped)
     Path("val/im1.png").unlink()
     state = torch.load("edsr_x4.pt")
     state["params_ema"]["conv_first.bias"] += 1e-6
     torch.save(state, "edsr_x4.pt")
-    assert "teacher_sha256 differ" in refusal(capsys, "--resume", stopped)
+    assert "teacher_sha256 differs" in refusal(capsys, "--resume", stopped)
     assert before == {path: path.read_bytes() for path in stopped.iterdir()}
 
 
