@@ -8,6 +8,7 @@ import io
 import re
 import sys
 import threading
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,7 @@ TRAIN = ("astronaut.png", "brick.png", "camera.png", "grass.png", "gravel.png", 
          "moon.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg")
 VAL = ("coffee.png", "chelsea.png", "coins.png")
 NOTES, LOCK = set(), threading.Lock()  # of `note`
+composed = functools.partial(unicodedata.normalize, "NFC")  # ä as one letter: macOS may write it as two
 
 
 class DataError(ValueError):
@@ -41,6 +43,8 @@ def note(text):
     """Prints a note on stderr, each one once, also where several threads have it."""
     with LOCK:
         if text not in NOTES:
+            for bar in [*tqdm._instances]:  # an open bar would share the note's line
+                bar.clear()
             print(f"note: {text}", file=sys.stderr)
         NOTES.add(text)
 
@@ -106,7 +110,7 @@ def find_hr(places):
     kind, size = "[_-](HR|LR|LRBI|SR|GT)(x?[2348])?", "[_-]?x[2348]"
     images, found = find_images(places), {}  # found: {(folder, name without a kind): path}
     for path in images:
-        name = re.sub(f"(?<=.){kind}(?=({size})?$)", "", path.stem, flags=re.IGNORECASE)
+        name = re.sub(f"(?<=.){kind}(?=({size})?$)", "", composed(path.stem), flags=re.IGNORECASE)
         refuse_twin(path, found.setdefault((path.parent, name), path))
     for (folder, name), path in found.items():
         refuse_twin(path, found.get((folder, re.sub(f"(?<=.){size}$", "", name)), path))
@@ -177,7 +181,8 @@ def read_all(paths, scale, least=1):
     if flat:
         note(f"pictures of one colour are not scored: {', '.join(map(str, flat))}")
     if len(flat) == len(pictures) > 0:
-        raise DataError(f"{flat[0]} is of one colour, and no other picture is there to be scored")
+        raise DataError(f"{flat[0]} is of one colour, and no other picture is there to be scored: name "
+                        "others (train.py: --val)")
     return [picture for picture in pictures if picture[0] not in flat]
 
 

@@ -220,6 +220,8 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
         raise ValueError("the teacher is in training mode: call teacher.eval() first")
     if feature_terms and not taps:
         raise ValueError(f"{min(feature_terms)} needs taps, pairs of modules whose outputs are compared")
+    if crops < 1:
+        raise ValueError(f"{crops} zoom-in crops of a patch: at least one is needed")
     n, c, h, w = lr.shape
     scale = hr.shape[-1] // w
     if hr.shape != (n, c, scale * h, scale * w):
@@ -300,6 +302,8 @@ def forward(net, scale, inputs, taps=()):
             if getattr(y, "shape", None) != (n, c, scale * h, scale * w):
                 found = tuple(y.shape) if torch.is_tensor(y) else f"a {type(y).__name__}"
                 raise ValueError(f"a network makes {found} of {tuple(x.shape)}, and x{scale} is needed")
+            if caught.keys() != {*taps}:
+                raise ValueError("a tap is no module of its network, or the network did not run it")
             outputs.update(zip(names, y.float().split(sizes)))
             for i, name in enumerate(names):
                 maps[name] = [caught[module].split(sizes)[i] for module in taps]

@@ -21,7 +21,6 @@ import shlex
 import subprocess
 import sys
 import time
-import unicodedata
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -36,7 +35,6 @@ import models
 
 TILE = 256  # LR pixels a side of a tile's core, where a large picture is computed in tiles
 progress = functools.partial(tqdm, delay=1, leave=False, ncols=80)  # a bar, in what takes over a second
-composed = functools.partial(unicodedata.normalize, "NFC")  # ä as one letter: macOS may write it as two
 
 
 def luma(picture, border=0):
@@ -142,17 +140,17 @@ def reader(place, scale, names):
     """The maker that reads pictures of another tool from the folder `place`. For the HR picture baby it reads
     baby, babyx4 or baby_x4, or else the only babyx4_ANY or baby_ANY. names: of all HR pictures; where several
     fit a file, the longest counts. DataError for no file, for several, and for a wrong size."""
-    owned = {composed(name): [] for name in names}
+    owned = {data.composed(name): [] for name in names}
     for file in data.find_images([place]):
-        stem = composed(file.stem)
+        stem = data.composed(file.stem)
         owners = [name for name in owned if re.fullmatch(rf"{re.escape(name)}(x{scale})?(_.+)?", stem)]
         if owners:
             owned[max(owners, key=len)].append(file)
 
     def make(path, lr):
-        name = composed(path.stem)
+        name = data.composed(path.stem)
         forms = (name, f"{name}x{scale}", f"{name}_x{scale}")
-        found = [file for file in owned[name] if composed(file.stem) in forms] or owned[name]
+        found = [file for file in owned[name] if data.composed(file.stem) in forms] or owned[name]
         if len(found) != 1:
             files = " and ".join(file.name for file in found) or "no picture"
             raise data.DataError(f"{place} has {files} for {name}: one is needed, as {name}_x{scale}.png")
@@ -437,7 +435,7 @@ def pick_device(name=""):
     is the process's own GPU under torchrun. DataError if it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
     try:
         torch.zeros(1, device=name).item()  # this fails for "meta", which holds no values
     except (RuntimeError, AssertionError, ValueError) as e:
@@ -450,34 +448,35 @@ def pick_device(name=""):
 def command_line(*kinds):
     """What a program's main() runs in. Errors that users can cause, and those of `kinds`, end the program
     with one line and exit code 2. A letter that the terminal's encoding lacks becomes a question mark. Where
-    stdout or stderr is closed, what is printed is lost; where a pipe is closed, the program ends quietly."""
+    a stream is closed, what is printed is lost. Where stdout's pipe is closed, the program ends quietly."""
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not every replacement of sys.stdout has it
             stream.reconfigure(errors="replace")
-    try:
-        yield
-        sys.stdout.flush()
-        return
-    except BrokenPipeError:
-        forget(sys.stdout)
-        return
-    except (data.DataError, models.CheckpointError, *kinds) as e:
-        message = str(e)
-    except OSError as e:
-        message = f"{e.filename or 'a file'} cannot be read or written: {e.strerror or e}"
-    except KeyboardInterrupt:
-        raise SystemExit(130)
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "allocate" not in str(e):  # torch has no MemoryError
-            raise
-        message = "out of memory: smaller batches, patches or tiles need less"
-    for bar in [*tqdm._instances]:  # an open bar would share the error's line
-        bar.leave = False
-        bar.close()
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(2)
+    with contextlib.redirect_stderr(Lasting(sys.stderr)):
+        try:
+            yield
+            sys.stdout.flush()
+            return
+        except BrokenPipeError:
+            forget(sys.stdout)
+            return
+        except (data.DataError, models.CheckpointError, *kinds) as e:
+            message = str(e)
+        except OSError as e:
+            message = f"{e.filename or 'a file'} cannot be read or written: {e.strerror or e}"
+        except KeyboardInterrupt:
+            raise SystemExit(130)
+        except (MemoryError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and "allocate" not in str(e):  # torch has no MemoryError
+                raise
+            message = "out of memory: smaller batches, patches or tiles need less"
+        for bar in [*tqdm._instances]:  # an open bar would share the error's line
+            bar.leave = False
+            bar.close()
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(2)
 
 
 def provenance(command, device):

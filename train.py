@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -293,11 +294,11 @@ class Run:
 
         teacher = models.load(args.teacher).requires_grad_(False) if args.teacher else None
         self.scale = args.scale or (teacher.scale if teacher else 4)
-        check_settings(args, teacher, self.world)
+        check_settings(args, teacher, self.rank, self.world)
         train_paths, val_paths = choose_pictures(args)
         hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in [args.teacher] if file]
-        self.identity = dict(pictures=[path.name for path in train_paths],
-                             held_out=[path.name for path in val_paths], teacher_sha256=hashes)
+        self.identity = dict(pictures=[data.composed(path.name) for path in train_paths],
+                             held_out=[data.composed(path.name) for path in val_paths], teacher_sha256=hashes)
         checkpoint = read_checkpoint(args.resume, self.identity) if args.resume else None
 
         torch.manual_seed(args.seed)
@@ -409,7 +410,7 @@ def choose_precision(name, device):
     return "bfloat16" if native else "float32"
 
 
-def check_settings(args, teacher, world):
+def check_settings(args, teacher, rank, world):
     """ConfigError for settings that do not fit together. The first step checks the rest, see `try_step`."""
     if not any(getattr(args, f"lambda_{term}") for term in dukd.TERMS):
         raise ConfigError("every term of the loss is off: nothing to learn from")
@@ -423,9 +424,9 @@ def check_settings(args, teacher, world):
     if args.batch % world:
         raise ConfigError(f"--batch {args.batch} cannot be shared by {world} processes")
     empty = os.path.isdir(args.out) and not os.listdir(args.out)
-    if not args.resume and os.path.lexists(args.out) and not empty:
-        raise ConfigError(f"{args.out} is taken: give --resume {args.out} to go on with a run, or another "
-                          "--out")
+    if rank == 0 and not args.resume and os.path.lexists(args.out) and not empty:
+        raise ConfigError(f"{args.out} is not empty: give another --out. A run there goes on with "
+                          f"--resume {args.out}")
 
 
 def choose_pictures(args):
@@ -447,9 +448,9 @@ def read_config(folder):
     """The config.json of a run to resume. It has `settings` and `identity`."""
     try:
         about = json.loads(Path(folder, "config.json").read_text())
-        about["settings"], about["identity"]  # they are there
+        about["settings"].keys(), about["identity"].keys()  # they are there
         return about
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise ConfigError(f"--resume {folder}: no run is there, as its config.json is missing, damaged or of "
                           "another version of train.py") from None
 
@@ -459,8 +460,9 @@ def read_checkpoint(folder, identity):
     ConfigError where pictures or teacher are not those of the run."""
     saved, last = read_config(folder)["identity"], Path(folder, "last.ckpt")
     for name, now in identity.items():
-        if saved[name] != now:
-            others = sorted({*saved[name]} ^ {*now}) or ["the order"]
+        before = saved.get(name) or []
+        if before != now:
+            others = sorted({*before} ^ {*now}) or ["the order"]
             raise ConfigError(f"{folder} is another run: {name} differs in {', '.join(others)[:99]}")
     state = models.read_file(last) if last.exists() else None
     if state and "optimizer" not in state:
@@ -508,7 +510,10 @@ def new_folder(args, scale):
     Of runs that start together, each gets its own."""
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        open(Path(args.out, "log.csv"), "x").close()  # FileExistsError in all runs but the first
+        try:
+            open(Path(args.out, "log.csv"), "x").close()
+        except FileExistsError:
+            raise ConfigError(f"{args.out} was taken by another run meanwhile: give another --out") from None
         return Path(args.out)
     name = f"runs/{args.method}_{args.student}_x{scale}"
     for ending in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
@@ -581,8 +586,11 @@ def introduce(run, out, cost):
 def finish(run, out, bicubic):
     """The last lines: how good the student is and where, or how to go on."""
     if run.step < run.args.steps:
-        print(f"stopped after step {run.step} of {run.args.steps}; go on with: "
-              f"python train.py --resume {shlex.quote(out.as_posix())}")
+        folder = out.as_posix()
+        if not re.fullmatch(r"[\w@%+=:,./-]+", folder):
+            folder = shlex.quote(folder)
+        print(f"stopped after step {run.step} of {run.args.steps}; "
+              f"go on with: python train.py --resume {folder}")
         return
     makers = dict(bicubic=evaluate.resizer(run.scale))
     if run.teacher:
@@ -666,8 +674,7 @@ def start_anew(*words):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     with evaluate.command_line(ConfigError):
-        out, err = evaluate.Lasting(sys.stdout), evaluate.Lasting(sys.stderr)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(evaluate.Lasting(sys.stdout)):
             train(parse(argv), command=shlex.join(["python", "train.py", *argv]))
 
 

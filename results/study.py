@@ -355,21 +355,21 @@ def pays():
 
 def runs_table(folders):
     """The lines of a table of run folders: the settings in which they differ, and their held-out PSNR."""
-    runs = []  # (settings, log's rows)
+    runs = []  # (settings, log's rows, held-out PSNR)
     for folder in folders:
         try:
             settings = json.loads((folder / "config.json").read_text())["settings"]
             rows = list(csv.DictReader(open(folder / "log.csv")))
-            runs.append((dict(settings, run=folder), rows))
-        except (OSError, ValueError, LookupError, TypeError):
+            scores = [float(row["val_psnr"]) for row in rows if row["val_psnr"]]
+            runs.append((dict(settings, run=folder), rows, scores))
+        except (OSError, ValueError, LookupError, TypeError):  # a log that Excel has saved has other columns
             print(f"note: {folder} is no run, or one of another version, and is passed over", file=sys.stderr)
-    names = dict.fromkeys(name for settings, _ in runs for name in settings)
+    names = dict.fromkeys(name for settings, _, _ in runs for name in settings)
     names = [name for name in names if name not in ("run", "out", "resume", "device", "cache", "val_every")
-             and len({str(settings.get(name)) for settings, _ in runs}) > 1]
+             and len({str(settings.get(name)) for settings, _, _ in runs}) > 1]
     yield f"| {' | '.join(['run', *names, 'step', 'held-out PSNR: best, last'])} |"
     yield "|---" * (len(names) + 3) + "|"
-    for settings, rows in runs:
-        scores = [float(row["val_psnr"]) for row in rows if row["val_psnr"]]
+    for settings, rows, scores in runs:
         found = f"{max(scores):.2f}, {scores[-1]:.2f}" if scores else "none yet"
         cells = [*(settings.get(name) for name in ("run", *names)), rows[-1]["step"] if rows else 0, found]
         yield f"| {' | '.join(map(str, cells))} |"
@@ -507,11 +507,14 @@ def main():
     if {*options.studies} - {*STUDIES} or not (options.studies or options.runs or options.plot):
         parser.error(f"name studies ({' '.join(STUDIES)}), --runs or --plot")
     if options.runs:  # Windows does not expand a pattern
-        folders = [Path(found) for name in options.runs for found in sorted(glob.glob(name))]
-        if not folders:
-            raise data.DataError(f"no folder is named {' or '.join(options.runs)}")
+        folders = []
+        for name in map(os.path.expanduser, options.runs):
+            found = [name] if os.path.exists(name) else sorted(glob.glob(name))
+            if not found:
+                raise data.DataError(f"no folder is named {name}")
+            folders += map(Path, found)
         print(*runs_table(folders), sep="\n")
-    place = options.data.resolve()
+    place = options.data.expanduser().resolve()
     os.chdir(ROOT)
     for study in options.studies:
         if not options.report:

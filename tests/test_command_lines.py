@@ -79,8 +79,8 @@ def refused(main, words, place, monkeypatch, capfd):
     ("--ops hflip hflip", "an operation is named twice"),
     ("--method scratch --lambda-rec 0", "nothing to learn from"),
     ("--stpes 3", "unrecognized arguments: --stpes 3"),
-    ("--out file.txt", "file.txt is taken"),
-    ("--out run", "run is taken: give --resume run to go on with a run, or another --out"),
+    ("--out file.txt", "file.txt is not empty"),
+    ("--out run", "run is not empty: give another --out. A run there goes on with --resume run"),
     ("--out file.txt/new --data train --val val", "file.txt/new cannot be read or written: Not a directory"),
     ("--teacher= --data train --val val", "kd needs a teacher"),
     ("--teacher= --method scratch --student small", "--student small needs a --teacher"),
@@ -150,6 +150,7 @@ SCORE = "evaluate.py bicubic --scale 2 --data val train"
     (f"{SCORE} >&-", 0, ""), (f"{SCORE} 2>&-", 0, "bicubic"),
     (f"{SCORE} | head -1; exit ${{PIPESTATUS[0]}}", 0, ""),
     ("evaluate.py bicubic --scale 2 --data nowhere >&-", 2, "error: nowhere"),
+    ("evaluate.py bicubic --scale 2 --data nowhere 2>&1 | true; exit ${PIPESTATUS[0]}", 2, ""),
     (f"train.py {NEW} --data train --val val --out OUT >&-", 0, ""),
     (f"train.py {NEW} --data train --val val --out OUT 2>&-", 0, "held-out PSNR"),
     (f"train.py {NEW} --data train --val val --out OUT 2>&1 | true; exit ${{PIPESTATUS[0]}}", 0, "")])

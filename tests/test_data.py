@@ -214,7 +214,7 @@ def test_links_to_one_file_are_counted_in_a_note(tmp_path, capsys):
     for name in ("3.png", "4.png"):
         (a / name).symlink_to(a / "1.png")
     assert len(data.find_images([a])) == 2
-    assert f"note: 2 pictures of {a} are left out, as links to others" in capsys.readouterr().err
+    assert f"note: 2 pictures of {a} are left out, as they are links to others" in capsys.readouterr().err
 
 
 def test_pictures_of_one_colour_are_not_scored(tmp_path, capsys):

@@ -294,6 +294,9 @@ def losses_with(**changes):
     ("no pairs of one scale", lambda: losses_with(weights=dict(rec=1), lr=uniform(1, 1, 8, 8))),
     ("scale 2, not 7x8", lambda: losses_with(weights=dict(zoom_out=1), lr=uniform(1, 3, 7, 8),
                                              hr=uniform(1, 3, 14, 16))),
+    ("-1 zoom-in crops", lambda: losses_with(weights=dict(zoom_in=1), crops=-1)),
+    ("a tap is no module of its network", lambda: losses_with(
+        weights=dict(at=1), taps=[(torch.nn.Conv2d(3, 3, 1), torch.nn.Conv2d(3, 3, 1))])),
     ("teacher is in training mode", lambda: losses_with(weights=dict(kd=1), teacher=Net(6))),
     ("makes a tuple of", lambda: losses_with(weights=dict(kd=1), teacher=lambda x: (x,))),
     (r"makes \(1, 3, 8, 8\) of .* x2 is", lambda: losses_with(weights=dict(kd=1), teacher=lambda x: x)),

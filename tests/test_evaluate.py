@@ -206,6 +206,16 @@ def test_results_are_found_by_name(tmp_path, files, found):
             raises(data.DataError, result, f"{file} for {name}: one is needed")
 
 
+def test_pictures_of_one_name_count_each(tmp_path):
+    """As where several folders are held out."""
+    pictures = [(Path(folder) / "1.png", np.zeros((4, 4, 3)), noise(16, 16, 3, seed=i))
+                for i, folder in enumerate("ab")]
+    make = lambda path, lr: noise(16, 16, 3, seed=9)
+    means = [evaluate.score(make, part, 4, "", metrics=dict(psnr=evaluate.psnr_y))["psnr"]
+             for part in (pictures, pictures[:1], pictures[1:])]
+    assert means[0] == pytest.approx((means[1] + means[2]) / 2) and means[1] != means[2]
+
+
 def test_names_are_compared_as_one_form_of_unicode(tmp_path):
     """macOS may write ä as two letters."""
     one, two = "K\u00e4fer", "Ka\u0308fer"

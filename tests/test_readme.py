@@ -93,7 +93,9 @@ def test_its_lines_for_basicsr_train_the_student_alone():
     assert model.loaded == [(model.teacher, "teacher.pth")] and not model.teacher.training
     before, taught = copy.deepcopy(net.state_dict()), copy.deepcopy(model.teacher.state_dict())
     for _ in range(2):
+        model.optimizer_g.zero_grad()
         exec(step, names)
+        model.optimizer_g.step()
     assert all(not torch.equal(before[name], w) for name, w in net.state_dict().items())
     assert all(torch.equal(taught[name], w) for name, w in model.teacher.state_dict().items())
     assert [*model.log_dict] == ["rec", "kd", "zoom_in"]

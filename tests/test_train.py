@@ -377,7 +377,7 @@ def test_an_empty_folder_is_used_by_one_run(settings, tmp_path):
     args = settings()
     (tmp_path / "run").mkdir()
     assert train.new_folder(args, 4) == tmp_path / "run"
-    with pytest.raises(FileExistsError):  # of a run that has started with it
+    with pytest.raises(train.ConfigError, match="taken by another run meanwhile"):
         train.new_folder(args, 4)
 
 
