@@ -18,6 +18,7 @@ import os
 import re
 import textwrap
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+warnings.filterwarnings("ignore", message="torch.meshgrid")  # of networks that spandrel has
 
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB mean of DIV2K's training images, in [0,1]
 SCALES = (2, 3, 4, 8)

@@ -233,7 +233,7 @@ def train(args, command="python train.py"):
             finish(run, out, bicubic)
     if run.world > 1:
         dist.destroy_process_group()
-    if run.step < args.steps:
+    if signals and run.step < args.steps:  # the signal may have come to another process
         raise SystemExit(128 + signals[0])
     return run, out
 
