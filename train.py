@@ -296,7 +296,7 @@ class Run:
         self.scale = args.scale or (teacher.scale if teacher else 4)
         check_settings(args, teacher, self.rank, self.world)
         train_paths, val_paths = choose_pictures(args)
-        hashes = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in [args.teacher] if file]
+        hashes = [hashlib.sha256(Path(args.teacher).read_bytes()).hexdigest()] if args.teacher else []
         self.identity = dict(pictures=[data.composed(path.name) for path in train_paths],
                              held_out=[data.composed(path.name) for path in val_paths], teacher_sha256=hashes)
         checkpoint = read_checkpoint(args.resume, self.identity) if args.resume else None

@@ -412,9 +412,10 @@ def fit_of_p():
     for arm, kd, n in lasting_pairs(["P"]):
         if differences(arm, kd, n):
             room = teacher - np.mean(list(psnrs(kd, n, "best", "B100").values()))
-            gaps = [gap(kd, n, seed) for seed in psnrs(kd, n, "best", "B100")]
+            gaps = [gap(kd, n, seed) for seed in psnrs(kd, n, "best", "B100")
+                    if "pictures" in records()[kd, n, seed]]  # since commit 48f6419, records have none
             yield (f"| {n} | {steps_of(arm):,} | {epochs(arm, n):.3g} | {gain(arm, kd, n)} | {room:.3f} | "
-                   f"{spread(gaps, 3)} |")
+                   f"{spread(gaps, 3) if gaps else '–'} |")
     points = [(n, steps_of(arm), seed, value) for arm, kd, n in lasting_pairs(["P"]) if n != ALL
               for seed, value in differences(arm, kd, n).items()]
     seeds = sorted({seed for _, _, seed, _ in points})
