@@ -7,7 +7,6 @@ import hashlib
 import io
 import re
 import sys
-import threading
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,6 @@ PHOTOGRAPHS = Path(skimage.data.__file__).parent  # scikit-image brings them
 TRAIN = ("astronaut.png", "brick.png", "camera.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
          "moon.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg")
 VAL = ("coffee.png", "chelsea.png", "coins.png")
-NOTES, LOCK = set(), threading.Lock()  # of `note`
 composed = functools.partial(unicodedata.normalize, "NFC")  # ä as one letter: macOS may write it as two
 
 
@@ -39,14 +37,12 @@ class DataError(ValueError):
     """An image or a folder that cannot be used. The message says which, why, and what to do."""
 
 
+@functools.cache
 def note(text):
-    """Prints a note on stderr, each one once, also where several threads have it."""
-    with LOCK:
-        if text not in NOTES:
-            for bar in [*tqdm._instances]:  # an open bar would share the note's line
-                bar.clear()
-            print(f"note: {text}", file=sys.stderr)
-        NOTES.add(text)
+    """Prints a note on stderr, each one once."""
+    for bar in [*tqdm._instances]:  # an open bar would share the note's line
+        bar.clear()
+    print(f"note: {text}", file=sys.stderr)
 
 
 def read_image(path):
@@ -108,19 +104,17 @@ def find_hr(places):
     """`find_images` for HR. DataError where a folder has a picture twice: as a_HR and a_LR, or as a and a_x4.
     tile_x1 beside tile_x2, and fox1 beside fox3, are two pictures."""
     kind, size = "[_-](HR|LR|LRBI|SR|GT)(x?[2348])?", "[_-]?x[2348]"
-    images, found = find_images(places), {}  # found: {(folder, name without a kind): path}
+    images, names, found = find_images(places), {}, {}
     for path in images:
-        name = re.sub(f"(?<=.){kind}(?=({size})?$)", "", composed(path.stem), flags=re.IGNORECASE)
-        refuse_twin(path, found.setdefault((path.parent, name), path))
-    for (folder, name), path in found.items():
-        refuse_twin(path, found.get((folder, re.sub(f"(?<=.){size}$", "", name)), path))
+        names[path] = re.sub(f"(?<=.){kind}(?=({size})?$)", "", composed(path.stem), flags=re.IGNORECASE)
+    for path in sorted(images, key=names.get):  # a comes before a_x4
+        name = names[path]
+        for key in (name, re.sub(f"(?<=.){size}$", "", name)):
+            if twin := found.get((path.parent, key)):
+                raise DataError(f"{twin} and {path} look like one picture twice, such as HR and LR: keep HR "
+                                "in a folder of its own")
+        found[path.parent, name] = path
     return images
-
-
-def refuse_twin(path, twin):
-    if twin != path:
-        raise DataError(f"{twin} and {path} look like one picture twice, such as HR and LR: keep HR in a "
-                        "folder of its own")
 
 
 def embedded(names):
@@ -145,9 +139,8 @@ def imresize(image, factor):
 
 def read_pair(path, scale, least=1, cache=None):
     """(lr, hr) of an HR file: hr is cropped at the bottom and right to multiples of s, lr is hr resized.
-    cache: a folder for two .npy files, which are made the first time, and mapped later: a set may be larger
-    than memory. Their name is a hash of the picture's path, size and times, and of s. Damaged ones are made
-    anew. None: each call decodes.
+    cache: a folder for both as .npy files, which are mapped, as a set may be larger than memory. Their name
+    is a hash of the picture's path, size and times, and of s. Damaged ones are made anew. None: no files.
     DataError where a side of lr has less than `least` pixels. OSError where the disk is full."""
     files = []
     if cache:
@@ -174,16 +167,17 @@ def read_pair(path, scale, least=1, cache=None):
 
 
 def read_all(paths, scale, least=1):
-    """[(path, lr, hr)] by `read_pair`, to be scored. One DataError names all that cannot be used. Pictures of
-    one colour are left out with a note: their PSNR, far above others' or infinite, would decide a mean."""
-    pictures = for_each(paths, lambda path: (path, *read_pair(path, scale, least)))
-    flat = [path for path, lr, hr in pictures if (hr == hr[0, 0]).all()]
-    if flat:
-        note(f"pictures of one colour are not scored: {', '.join(map(str, flat))}")
-    if len(flat) == len(pictures) > 0:
-        raise DataError(f"{flat[0]} is of one colour, and no other picture is there to be scored: name "
-                        "others (train.py: --val)")
-    return [picture for picture in pictures if picture[0] not in flat]
+    """[(path, lr, hr)] by `read_pair`, to be scored. A picture of one colour is left out with a note: its
+    PSNR, far above others' or infinite, would decide a mean. DataError where no other is there."""
+    pictures = []
+    for path, (lr, hr) in zip(paths, for_each(paths, lambda path: read_pair(path, scale, least))):
+        if (hr == hr[0, 0]).all():
+            note(f"{path} is of one colour, and is not scored")
+        else:
+            pictures.append((path, lr, hr))
+    if paths and not pictures:
+        raise DataError(f"{paths[0]} is of one colour: name other pictures (train.py: --val)")
+    return pictures
 
 
 def for_each(paths, function):
@@ -199,16 +193,9 @@ def for_each(paths, function):
                     errors.append(str(e))
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C, or where the disk is full
-    refuse(errors, len(paths))
-    return found
-
-
-def refuse(errors, total):
-    """One DataError for the errors of several pictures, if there are any."""
-    if errors and total > 1:
-        errors = [f"{len(errors)} of {total} pictures cannot be used", *errors]
     if errors:
         raise DataError("; ".join(errors))
+    return found
 
 
 def seed_of(seed, step, draws=0):

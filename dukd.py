@@ -45,7 +45,7 @@ METHODS = {
 
 
 def zoom_in(hr, size, generator=None):
-    """z of zoom-in: one crop of the LR patch's size at a random place of each HR patch.
+    """z of zoom-in: one crop of the LR patch's size at a random position of each HR patch.
     It is h×w pixels of a photograph, as every LR patch is. Its ground truth, s times as fine, does not exist:
     the teacher's output is the label.
     hr: I_HR (N,C,H,W). size: h, or (h, w). generator: on hr's device. Returns z (N,C,h,w), a copy.
@@ -127,11 +127,9 @@ class InvertibleAugmentation:
     @classmethod
     def sample(cls, n, ops=OPERATIONS, p=0.3, generator=None, device=None):
         """Draws, for each of n samples, each operation independently with probability p.
-        ValueError for an unknown operation, for one that is named twice, and for p outside [0,1]."""
+        ValueError for an unknown operation, and for p outside [0,1]."""
         if unknown := [op for op in ops if op not in cls.OPERATIONS]:
             raise ValueError(f"unknown operation '{unknown[0]}'; known: {', '.join(cls.OPERATIONS)}")
-        if len(set(ops)) < len(ops):
-            raise ValueError(f"an operation is named twice: {', '.join(ops)}")
         if not 0 <= p <= 1:
             raise ValueError(f"p = {p} is not a probability")
         return cls(ops, torch.rand(len(ops), n, generator=generator, device=device) < p)
@@ -220,8 +218,6 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
         raise ValueError("the teacher is in training mode: call teacher.eval() first")
     if feature_terms and not taps:
         raise ValueError(f"{min(feature_terms)} needs taps, pairs of modules whose outputs are compared")
-    if crops < 1:
-        raise ValueError(f"{crops} zoom-in crops of a patch: at least one is needed")
     n, c, h, w = lr.shape
     scale = hr.shape[-1] // w
     if hr.shape != (n, c, scale * h, scale * w):

@@ -1,7 +1,6 @@
 """Evaluation: Y-PSNR and SSIM tables, upscaling of pictures, figures, timing.
 
     python evaluate.py student.pt teacher.pt bicubic --data Set5 Set14      a row a model, a column a set
-    python evaluate.py --sr results/mine --data Set5 --scale 4              score pictures made by any tool
     python evaluate.py student.pt --input photo.jpg --output big            upscale a picture, or a folder
     python evaluate.py student.pt bicubic --data Set5 --figure compare.png  crops side by side
     python evaluate.py teacher.pt student.pt --bench                        milliseconds an image, in turns
@@ -16,7 +15,6 @@ import functools
 import json
 import math
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -121,53 +119,27 @@ def mean_of_eight(f, x):
     return sum(both(x.flip(dims)).flip(dims) for dims in ((), (-1,), (-2,), (-1, -2))) / 8
 
 
-# A maker is a function of a picture's path and its LR, uint8 (h,w,3). It returns SR, uint8 (s·h,s·w,3).
-def upscaler(network, tile=0, self_ensemble=False):
-    """The maker that runs a network, on the device of its parameters. tile: as in `upscale`."""
-    def make(path, lr):
+# An upscaler is a function of LR, uint8 (h,w,3). It returns SR, uint8 (s·h,s·w,3).
+def bicubic_upscaler(scale):
+    """MATLAB's bicubic."""
+    return functools.partial(data.imresize, factor=scale)
+
+
+def network_upscaler(network, tile=0, self_ensemble=False):
+    """A network, run on the device of its parameters. tile: as in `upscale`."""
+    def upscaler(lr):
         x = to_tensor(lr, next(network.parameters()).device)
-        f = lambda x: upscale(network, x, tile)
+        f = functools.partial(upscale, network, tile=tile)
         return to_uint8(mean_of_eight(f, x) if self_ensemble else f(x))
-    return make
+    return upscaler
 
 
-def resizer(scale):
-    """The maker of MATLAB's bicubic."""
-    return lambda path, lr: data.imresize(lr, scale)
-
-
-def reader(place, scale, names):
-    """The maker that reads pictures of another tool from the folder `place`. For the HR picture baby it reads
-    baby, babyx4 or baby_x4, or else the only babyx4_ANY or baby_ANY. names: of all HR pictures; where several
-    fit a file, the longest counts. DataError for no file, for several, and for a wrong size."""
-    owned = {data.composed(name): [] for name in names}
-    for file in data.find_images([place]):
-        stem = data.composed(file.stem)
-        owners = [name for name in owned if re.fullmatch(rf"{re.escape(name)}(x{scale})?(_.+)?", stem)]
-        if owners:
-            owned[max(owners, key=len)].append(file)
-
-    def make(path, lr):
-        name = data.composed(path.stem)
-        forms = (name, f"{name}x{scale}", f"{name}_x{scale}")
-        found = [file for file in owned[name] if data.composed(file.stem) in forms] or owned[name]
-        if len(found) != 1:
-            files = " and ".join(file.name for file in found) or "no picture"
-            raise data.DataError(f"{place} has {files} for {name}: one is needed, as {name}_x{scale}.png")
-        sr = data.read_image(found[0])
-        expected = (scale * lr.shape[0], scale * lr.shape[1], 3)
-        if sr.shape != expected:
-            raise data.DataError(f"{found[0]} has the shape {sr.shape}, but HR, cropped, has {expected}")
-        return sr
-    return make
-
-
-def score(make, pictures, scale, label, published=False, metrics=dict(psnr=psnr_y, ssim=ssim_y)):
+def score(upscaler, pictures, scale, label, published=False, metrics=dict(psnr=psnr_y, ssim=ssim_y)):
     """The means of the metrics over pictures [(path, lr, hr)], and those of each picture. label: of the bar.
-    published: score `published_bicubic`, not what `make` makes."""
+    published: score `published_bicubic` instead of the upscaler."""
     found = []
     for path, lr, hr in progress(pictures, label):
-        two = published_bicubic(path, hr, scale) if published else (make(path, lr), hr)
+        two = published_bicubic(path, hr, scale) if published else (upscaler(lr), hr)
         found.append({name: metric(*two, scale) for name, metric in metrics.items()})
     means = {name: float(np.mean([one[name] for one in found])) for name in metrics}
     return means | dict(images={path.stem: one for (path, _, _), one in zip(pictures, found)})
@@ -175,33 +147,32 @@ def score(make, pictures, scale, label, published=False, metrics=dict(psnr=psnr_
 
 def print_table(rows, networks, sets, against, about, options):
     """Prints the table of all rows on all sets. Writes --figure, and --json with each picture's scores.
-    rows: {label: maker}; networks: {label: network}; sets: {place: [(path, lr, hr)]}; against: a maker whose
-    pictures replace HR, or None. JSON has no infinity: the PSNR of equal pictures is null there."""
+    rows: {label: upscaler}; networks: {label: network}; sets: {folder: [(path, lr, hr)]}; against: an
+    upscaler whose pictures replace HR, or None. JSON has no infinity: equal pictures' PSNR is null there."""
     scale, results = about["scale"], {}
     if options.json:  # what cannot be written fails before the long work
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         open(options.json, "a").close()
     if options.figure:
-        write_figure(options.figure, rows, *sets[options.data[0]][0], scale)
+        _, lr, hr = sets[options.data[0]][0]
+        write_figure(options.figure, rows, lr, hr, scale)
     versus = f", against {options.against}" if against else ""
     if against:
-        for place, pictures in sets.items():
+        for folder, pictures in sets.items():
             bar = progress(pictures, options.against)
-            sets[place] = [(path, lr, against(path, lr)) for path, lr, _ in bar]
-    heads = [f"{place} ({len(pictures)}) PSNR/SSIM{versus}" for place, pictures in sets.items()]
+            sets[folder] = [(path, lr, against(lr)) for path, lr, _ in bar]
+    heads = [f"{folder} ({len(pictures)}) PSNR/SSIM{versus}" for folder, pictures in sets.items()]
     width = max(map(len, ["model", *rows]))
-    print(f"{'model':{width}}  {'params':>7}  {'madds':>8}", *heads, sep="  ", flush=True)
-    for label, make in rows.items():
-        size = madds = "-"
-        if label in networks:
-            count = models.multiply_adds(networks[label])
-            madds = f"{count / 1e9:.1f} G" if count else "?"
-            size = f"{models.parameters(networks[label]) / 1e6:.2f} M"
+    print(f"{'model':{width}}  {'params':>7}", *heads, sep="  ", flush=True)
+    for label, upscaler in rows.items():
+        size = f"{models.parameters(networks[label]) / 1e6:.2f} M" if label in networks else "-"
         published = label == "bicubic" and not against
-        results[label] = {place: score(make, sets[place], scale, label, published) for place in sets}
+        results[label] = {}
+        for folder, pictures in sets.items():
+            results[label][folder] = score(upscaler, pictures, scale, label, published)
         cells = [f"{found['psnr']:.2f}/{found['ssim']:.4f}".rjust(len(head))
                  for head, found in zip(heads, results[label].values())]
-        print(f"{label:{width}}  {size:>7}  {madds:>8}", *cells, sep="  ", flush=True)
+        print(f"{label:{width}}  {size:>7}", *cells, sep="  ", flush=True)
     if options.json:
         text = json.dumps(about | dict(results=results), indent=1)
         Path(options.json).write_text(text.replace('"psnr": Infinity', '"psnr": null'))
@@ -209,23 +180,18 @@ def print_table(rows, networks, sets, against, about, options):
 
 def bench(networks, device, about, turns):
     """Prints a line of JSON for each network: its median ms for one whole picture of 1280×720, the field's
-    convention. They take turns, so that a slow spell of the machine slows all. peak_memory_gib, of a GPU,
-    includes the weights of all."""
+    convention. They take turns, so that a slow spell of the machine slows all."""
     h, w = 720 // about["scale"], 1280 // about["scale"]
     x = torch.rand(1, 3, h, w).to(device, memory_format=torch.channels_last)
-    times, peaks = {name: [] for name in networks}, {}
+    times = {name: [] for name in networks}
     for _ in progress(range(turns + 2), unit="turn"):
         for name, network in networks.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
             began = time.perf_counter()
             network(x)[0, 0, 0, 0].item()  # waits for the GPU
             times[name].append(1000 * (time.perf_counter() - began))
-            peaks[name] = peak_memory(device)
     for name in networks:
         ms = round(np.median(times[name][2:]), 3)  # two turns warm up
-        line = dict(model=name, ms=ms, peak_memory_gib=peaks[name], turns=turns, input=[w, h])
-        print(json.dumps(line | about))
+        print(json.dumps(dict(model=name, ms=ms, turns=turns, input=[w, h]) | about))
 
 
 def figure(pictures, scale):
@@ -250,21 +216,22 @@ def figure(pictures, scale):
     return np.asarray(canvas)
 
 
-def write_figure(target, makers, path, lr, hr, scale):
-    """Writes the `figure` of a picture's HR and of what each of the makers {label: maker} makes of its LR."""
-    encoded(target, hr[:1, :1])  # a wrong ending fails before the long work
-    pictures = {label: make(path, lr) for label, make in makers.items()}
-    write_picture(target, figure(dict(HR=hr) | pictures, scale))
+def write_figure(target, upscalers, lr, hr, scale):
+    """Writes the `figure` of HR and of what each upscaler {label: upscaler} makes of LR."""
+    pictures = dict(HR=hr)
+    for label, upscaler in upscalers.items():
+        pictures[label] = upscaler(lr)
+    write_picture(target, figure(pictures, scale))
 
 
-def upscale_files(make, source, out, scale):
+def upscale_files(upscaler, source, out, scale):
     """Upscales a picture into a file or a folder, or a folder's pictures into a folder. What exists is kept.
     In the folder of the pictures, NAME_xS beside NAME is a result, and is passed over. An ICC profile is
     kept, unless it describes CMYK, say, which has become RGB. A picture that cannot be used does not stop the
     others: the DataError at the end names all of them."""
     out, paths = Path(out), data.find_images([source])
     if out.is_dir() and out.samefile(source):
-        results = {f"{path.stem}_x{scale}" for path in paths}
+        results = {f"{path.stem}_x{s}" for path in paths for s in models.SCALES}
         passed = [path for path in paths if path.stem in results]
         paths = [path for path in paths if path not in passed]
         if passed:
@@ -286,12 +253,13 @@ def upscale_files(make, source, out, scale):
                 profile = file.info.get("icc_profile") or b""
             encoded(target, np.zeros((1, scale * max(picture.shape), 3), np.uint8))  # fails before long work
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_picture(target, make(path, picture), profile if profile[16:20] == b"RGB " else None)
+            write_picture(target, upscaler(picture), profile if profile[16:20] == b"RGB " else None)
         except data.DataError as e:
             errors.append(str(e))
         except OSError as e:  # a name that is too long, a full disk
             errors.append(f"{target} cannot be written: {e.strerror}")
-    data.refuse(errors, len(paths))
+    if errors:
+        raise data.DataError("; ".join(errors))
 
 
 def encoded(path, image, profile=None):
@@ -317,9 +285,8 @@ def write_picture(path, image, profile=None):
 def parse(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = p.add_argument
-    add("models", type=FILE, nargs="*", metavar="MODEL", help="checkpoints, and the word bicubic")
+    add("models", type=FILE, nargs="+", metavar="MODEL", help="checkpoints, and the word bicubic")
     add("--data", type=FILE, nargs="+", default=[], metavar="DIR", help="sets of HR, one a column")
-    add("--sr", type=FILE, nargs="+", default=[], metavar="DIR", help="folders of SR, one a row")
     add("--scale", type=int, choices=models.SCALES, help="s, where no checkpoint tells it")
     add("--against", type=FILE, metavar="MODEL", help="compare with its pictures, not with HR")
     add("--json", type=FILE, metavar="FILE", help="write the table and each picture's scores")
@@ -334,18 +301,16 @@ def parse(argv):
     add("--bench", nargs="?", type=between(1, 10**6, int), const=10, metavar="N",
         help="time networks, N turns [10]")
     o = p.parse_args(argv)
-    if not (o.models or o.sr) or not (o.data or o.input or o.bench):
-        p.error("name models, and --data to score, --input and --output to upscale, or --bench")
+    if not (o.data or o.input or o.bench):
+        p.error("name --data to score, --input and --output to upscale, or --bench")
     if bool(o.input) != bool(o.output):
         p.error(f"{'--output' if o.input else '--input'} is missing: pictures go from --input to --output")
-    for name in {"bicubic", "HR"} & {*o.sr}:
-        p.error(f"--sr {name} looks like the row or the picture of that name: write ./{name}")
-    if o.input and (len(o.models) != 1 or o.sr):
+    if o.input and len(o.models) != 1:
         p.error("--input takes one model")
-    if (o.sr or o.json or o.figure or o.against) and not o.data:
-        p.error("--sr, --json, --figure and --against need --data")
-    if o.bench and (o.sr or o.self_ensemble or "bicubic" in o.models):
-        p.error("--bench takes networks alone, not bicubic, --sr or --self-ensemble")
+    if (o.json or o.figure or o.against) and not o.data:
+        p.error("--json, --figure and --against need --data")
+    if o.bench and (o.self_ensemble or "bicubic" in o.models):
+        p.error("--bench takes networks alone, not bicubic or --self-ensemble")
     if o.tile is None:
         o.tile = TILE if o.input else 0
     return o
@@ -356,7 +321,7 @@ def main(argv):
         options = parse(argv)
         device = pick_device(options.device)
         keep_freed_memory()
-        networks, makers = {}, {}
+        networks, upscalers = {}, {}
         scale = options.scale
         for name in (*options.models, options.against):
             if name in (None, "bicubic"):
@@ -366,23 +331,20 @@ def main(argv):
             if network.scale != scale:
                 raise data.DataError(f"{name} is a x{network.scale} network, but x{scale} is wanted")
             networks[name] = network
-            makers[name] = upscaler(network, options.tile, options.self_ensemble)
+            upscalers[name] = network_upscaler(network, options.tile, options.self_ensemble)
         if not scale:
             raise data.DataError("no checkpoint tells the scale: give --scale")
-        makers["bicubic"] = resizer(scale)
+        upscalers["bicubic"] = bicubic_upscaler(scale)
         settings = dict(scale=scale, precision=options.precision, self_ensemble=options.self_ensemble)
         about = provenance(shlex.join(["python", "evaluate.py", *argv]), device) | settings
         least = 2 + math.ceil(11 / scale)  # LR pixels a side: HR must hold two borders and SSIM's window
-        files = {place: data.find_hr([place]) for place in options.data}
-        sets = {place: data.read_all(paths, scale, least) for place, paths in files.items()}
-        names = {path.stem for paths in files.values() for path in paths}
-        rows = {name: makers[name] for name in options.models}
-        rows |= {place: reader(place, scale, names) for place in options.sr}
+        sets = {folder: data.read_all(data.find_hr([folder]), scale, least) for folder in options.data}
+        rows = {name: upscalers[name] for name in options.models}
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
             if options.bench:
                 bench({name: networks[name] for name in options.models}, device, about, options.bench)
             if options.data:
-                print_table(rows, networks, sets, makers.get(options.against), about, options)
+                print_table(rows, networks, sets, upscalers.get(options.against), about, options)
             if options.input:
                 upscale_files(*rows.values(), options.input, options.output, scale)
 
@@ -488,11 +450,6 @@ def provenance(command, device):
     return dict(command=command, git="" if failed else commit, device=str(device), device_name=name,
                 versions=dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__),
                 threads=torch.get_num_threads(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-
-
-def peak_memory(device):
-    """The most GiB of a GPU that torch has held since the last reset. None on the CPU."""
-    return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 3) if device.type == "cuda" else None
 
 
 def keep_freed_memory():

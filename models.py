@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 warnings.filterwarnings("ignore", message="torch.meshgrid")  # of networks that spandrel has
 
@@ -58,7 +57,7 @@ def shuffle_then_conv(x, r, conv):
     bfloat16 units are fast there, and slow at c → 3 channels.
     x (N,c·r²,h,w); conv 3×3, c → k, with padding 1. Returns (N,k,r·h,r·w).
     The shuffle makes 3r×3r pixels of the 3×3 around (i,j) of x. Output pixel (r·i + p, r·j + q) sees 3×3 of
-    them, shifted by (p,q). So its kernel is `conv.weight` at that place among zeros, unshuffled. At the
+    them, shifted by (p,q). So its kernel is `conv.weight` there, among zeros, unshuffled. At the
     border, zeros around the shuffled map are zeros around x."""
     kernels = []
     for p in range(r):
@@ -138,16 +137,11 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels, reduction):
         super().__init__()
         squeezed = channels // reduction
-        squeeze, excite = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
-        self.attention = nn.ModuleDict({"1": squeeze, "3": excite})  # the names in published files
+        self.attention = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, squeezed, 1), nn.ReLU(),
+                                       nn.Conv2d(squeezed, channels, 1), nn.Sigmoid())
 
     def forward(self, x):
-        # On one pixel, the mean, a matrix product with the 1×1 convolutions' weights is the same, and faster.
-        squeeze, excite = self.attention.values()
-        y = x.mean((2, 3))  # (N,c)
-        y = F.relu(F.linear(y, squeeze.weight.flatten(1), squeeze.bias))
-        y = F.linear(y, excite.weight.flatten(1), excite.bias).sigmoid()
-        return x * y[..., None, None]
+        return x * self.attention(x)
 
 
 class RCAB(nn.Module):  # residual channel attention block
@@ -341,8 +335,8 @@ BLOCKS = (ResidualBlock, RCAB, SwinLayer)  # what each network repeats: the part
 PRESETS = {"edsr": "edsr_c256b32", "edsr_baseline": "edsr_c64b16", "rcan": "rcan_c64b20g10",
            "swinir": "swinir_c180s36"}
 PAPER_STUDENTS = {"edsr": "edsr_c64b32", "rcan": "rcan_c64b6g10", "swinir": "swinir_c60s24"}
-NAMES_HELP = ("edsr, edsr_baseline, rcan, swinir, or any size: edsr_c64b32 (channels, blocks; r0.1 appended "
-              "sets res_scale), rcan_c64b6g10 (channels, blocks to a group, groups), swinir_c60s24 "
+NAMES_HELP = ("edsr, edsr_baseline, rcan, swinir, or any size: edsr_c64b32 (channels, blocks), "
+              "rcan_c64b6g10 (channels, blocks to a group, groups), swinir_c60s24 "
               "(channels, Swin layers in all, six to a stage)")
 
 
@@ -350,10 +344,9 @@ def config_of(name, scale):
     """The config of a model name (NAMES_HELP). CheckpointError for an unknown one."""
     spelled = PRESETS.get(name, name)
     number = "([1-9][0-9]*)"
-    if found := re.fullmatch(f"edsr_c{number}b{number}(?:r([0-9]*[.]?[0-9]+))?", spelled):
-        channels, blocks, r = found.groups()
-        res_scale = float(r) if r else None
-        return dict(arch="edsr", scale=scale, channels=int(channels), blocks=int(blocks), res_scale=res_scale)
+    if found := re.fullmatch(f"edsr_c{number}b{number}", spelled):
+        channels, blocks = map(int, found.groups())
+        return dict(arch="edsr", scale=scale, channels=channels, blocks=blocks)
     if found := re.fullmatch(f"rcan_c{number}b{number}g{number}", spelled):
         channels, blocks, groups = map(int, found.groups())
         return dict(arch="rcan", scale=scale, channels=channels, blocks=blocks, groups=groups)
@@ -394,21 +387,9 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def multiply_adds(model, width=1280, height=720):
-    """The multiply-adds for one width×height output, or None for a network of another package.
-    They are counted for a 48×48 input, without computing anything, and scaled by area."""
-    if not isinstance(model, SRNetwork):
-        return None
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow = from_config(model.config).eval()
-        shadow(torch.empty(1, 3, 48, 48))
-    return counter.get_total_flops() / 2 * width * height / (48 * model.scale) ** 2
-
-
 def describe(config):
-    """A config in one line, "edsr scale=4 channels=64 blocks=16 res_scale=1.0 mean=[…] img_range=255.0"."""
-    sizes = " ".join(f"{k}={v}" for k, v in config.items() if k not in ("arch", "drop_path"))
-    return f"{config['arch']} {sizes}"
+    """A config in one line: "arch=edsr scale=4 channels=64 blocks=16 res_scale=1.0 mean=[…] …"."""
+    return " ".join(f"{key}={value}" for key, value in config.items())
 
 
 def replace_file(path, content):

@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -71,22 +70,20 @@ def parse(argv):
     g.add_argument("--resume", type=run_folder, metavar="DIR", default="", help="go on with this run")
     chosen, _ = first.parse_known_args(argv)
 
-    lines = [f"  {name:8} L = {equation(weights)}" for name, weights in dukd.METHODS.items()]
-    methods = "\n".join(["the weights of each --method:", *lines])
+    methods = "the weights of each --method:"
+    for name, weights in dukd.METHODS.items():
+        methods += f"\n  {name:8} L = {equation(weights)}"
     p = evaluate.Parser(description=__doc__, epilog=methods, parents=[first], allow_abbrev=False,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("networks and pictures")
-    g.add_argument("--teacher", type=FILE, metavar="FILE", default="",
-                   help="the frozen f_T, of any known format")
+    g.add_argument("--teacher", type=FILE, metavar="FILE", default="", help="the frozen f_T")
     g.add_argument("--student", default="small", help=f"f_S: small (the paper's), {models.NAMES_HELP}")
     g.add_argument("--scale", type=int, choices=models.SCALES, default=0, help="s [the teacher's, else 4]")
-    g.add_argument("--data", type=FILE, nargs="+", default=[], metavar="DIR",
-                   help="HR [scikit-image's photographs]")
+    g.add_argument("--data", type=FILE, nargs="+", default=[], metavar="DIR", help="HR [scikit-image's]")
     g.add_argument("--val", type=FILE, nargs="+", default=[], metavar="DIR",
                    help="held-out HR [a tenth of --data, 1 to 10]")
     g.add_argument("--init", type=FILE, metavar="FILE", default="", help="what the student starts from")
-    g.add_argument("--out", type=FILE, metavar="DIR", default="",
-                   help="run folder [a new runs/METHOD_STUDENT_xSCALE]")
+    g.add_argument("--out", type=FILE, metavar="DIR", default="", help="[a new runs/METHOD_STUDENT_xSCALE]")
 
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=COUNT, default=250_000, help="updates of the whole run [%(default)s]")
@@ -95,8 +92,7 @@ def parse(argv):
     g.add_argument("--lr", type=between(1e-12, 1), default=1e-4, help="Adam's rate at first [%(default)s]")
     g.add_argument("--schedule", choices=("step", "cosine"), default="step",
                    help="step: x0.1 at 40%% and 80%% of the run; cosine: to zero [%(default)s]")
-    g.add_argument("--ema", type=between(0, 0.999999), default=0.999,
-                   help="decay of the averaged weights, which are the result [%(default)s]")
+    g.add_argument("--ema", type=between(0, 0.999999), default=0.999, help="decay of the EMA [%(default)s]")
     g.add_argument("--seed", type=between(0, 10**6, int), default=0, help="of all draws [%(default)s]")
 
     g = p.add_argument_group("the loss: the weight λ of each term (0: off), and what the terms see")
@@ -113,8 +109,7 @@ def parse(argv):
     g.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
                    help="of the networks [auto: bfloat16 where the device computes in it]")
     g.add_argument("--compile", choices=("graph", "blocks", "no"), default="graph",
-                   help="on CUDA: blocks compiles the networks' blocks, graph also records the step "
-                        "[%(default)s]")
+                   help="on CUDA: the networks' blocks; graph: the step is recorded, too [%(default)s]")
     g.add_argument("--cache", type=FILE, metavar="DIR", default="runs/cache",
                    help="decoded pictures [%(default)s]")
     g.add_argument("--val-every", metavar="STEPS", type=between(0, 10**9, int), default=0,
@@ -176,17 +171,17 @@ def train(args, command="python train.py"):
     cannot be used. SystemExit where a signal stopped it."""
     run = Run(args)
     pair = run.patches[run.step]
-    cost = try_step(run, pair)  # what cannot work ends here, before a folder is made
+    try_step(run, pair)  # what cannot work ends here, before a folder is made
     step = fast_step(run, pair)
     out, bicubic = None, math.nan
     if run.rank == 0:  # the first process speaks and writes for all
         out = Path(args.resume) if args.resume else new_folder(args, run.scale)
-        write_config(run, out, command, cost)
+        write_config(run, out, command)
         begin_log(run, out)
-        bicubic = introduce(run, out, cost)
+        bicubic = introduce(run, out)
 
     window, began = [], time.perf_counter()  # the terms of each step since the last row of the log
-    rows, saved = [], run.step > 0  # rows of the log to be written; whether last.ckpt is of this step
+    rows = []  # of the log, to be written
     bar = tqdm(total=args.steps, initial=run.step, disable=run.rank > 0, ncols=80, mininterval=0.5,
                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
     with caught_signals() as signals:
@@ -204,7 +199,7 @@ def train(args, command="python train.py"):
             decay = min(args.ema, (1 + run.step) / (10 + run.step))  # low at first: random weights fade
             with torch.no_grad():
                 torch._foreach_lerp_(run.averaged, run.parameters, 1 - decay)
-            run.step, saved = run.step + 1, False
+            run.step += 1
             bar.update()
 
             # every so often: a row of the log, a validation, a checkpoint
@@ -216,20 +211,18 @@ def train(args, command="python train.py"):
             run.check_finite(means[-1])
             if run.rank == 0:
                 if validating:
-                    run.psnr = run.score(evaluate.upscaler(run.ema, evaluate.TILE), "student")
+                    run.psnr = run.score(evaluate.network_upscaler(run.ema, evaluate.TILE), "student")
                 rows.append(run.row(means, validating, ms))
                 attempt(add_rows, out, rows)
                 if validating:
-                    saved = attempt(run.save, out, True)
+                    attempt(run.save, out, True)
                 psnr = "?" if math.isnan(run.psnr) else f"{run.psnr:.2f}"
                 bar.set_postfix_str(f"loss {means[-1]:.4f}, {psnr} dB (bicubic {bicubic:.2f})", False)
             window, began = [], time.perf_counter()
         bar.close()
         if run.rank == 0:
-            if not saved:
-                run.save(out, run.step == args.steps)
-            if rows:
-                add_rows(out, rows)
+            run.save(out, run.step == args.steps)
+            add_rows(out, rows)
             finish(run, out, bicubic)
     if run.world > 1:
         dist.destroy_process_group()
@@ -248,12 +241,11 @@ def caught_signals():
     def handle(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        number = getattr(signal, name, None)  # Windows has two of them
-        if number is None or threading.current_thread() is not threading.main_thread():
-            continue
-        if signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, handle)
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has two of them
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handle)
     try:
         yield caught
     finally:
@@ -262,14 +254,12 @@ def caught_signals():
 
 
 def attempt(write, *arguments):
-    """Whether a write worked. Where it is denied, as while Excel has log.csv open, training goes on: it is
-    tried again later, and at the end."""
+    """Writes. Where that is denied, as while Excel has log.csv open, training goes on: the next write, or the
+    last one, brings it."""
     try:
         write(*arguments)
-        return True
     except PermissionError as e:
         data.note(f"{e.filename} cannot be written now ({e.strerror}). It is tried again later")
-        return False
 
 
 def any_process_has(signals, run):
@@ -296,9 +286,10 @@ class Run:
         self.scale = args.scale or (teacher.scale if teacher else 4)
         check_settings(args, teacher, self.rank, self.world)
         train_paths, val_paths = choose_pictures(args)
-        hashes = [hashlib.sha256(Path(args.teacher).read_bytes()).hexdigest()] if args.teacher else []
+        file = Path(args.teacher).read_bytes() if args.teacher else b""
         self.identity = dict(pictures=[data.composed(path.name) for path in train_paths],
-                             held_out=[data.composed(path.name) for path in val_paths], teacher_sha256=hashes)
+                             held_out=[data.composed(path.name) for path in val_paths],
+                             teacher=hashlib.sha256(file).hexdigest())
         checkpoint = read_checkpoint(args.resume, self.identity) if args.resume else None
 
         torch.manual_seed(args.seed)
@@ -349,10 +340,10 @@ class Run:
         models.replace_file(out / "last.ckpt", models.as_bytes(self.state()))
 
     @torch.compiler.set_stance("force_eager")  # else blocks are compiled for each size of picture
-    def score(self, make, label):
-        """Mean PSNR on Y over the held-out pictures of what `make` makes of their LR. In float32."""
+    def score(self, upscaler, label):
+        """An upscaler's mean PSNR on Y over the held-out pictures. In float32."""
         metrics = dict(psnr=evaluate.psnr_y)
-        return evaluate.score(make, self.held, self.scale, f"held-out, {label}", metrics=metrics)["psnr"]
+        return evaluate.score(upscaler, self.held, self.scale, f"held-out, {label}", metrics=metrics)["psnr"]
 
     def row(self, means, validated, ms):
         """A row of log.csv: the means of the terms since the last row, a new PSNR, ms a step."""
@@ -459,11 +450,9 @@ def read_checkpoint(folder, identity):
     """What a resumed run goes on from: the state in last.ckpt, or None where it has none yet.
     ConfigError where pictures or teacher are not those of the run."""
     saved, last = read_config(folder)["identity"], Path(folder, "last.ckpt")
-    for name, now in identity.items():
-        before = saved.get(name) or []
-        if before != now:
-            others = sorted({*before} ^ {*now}) or ["the order"]
-            raise ConfigError(f"{folder} is another run: {name} differs in {', '.join(others)[:99]}")
+    changed = [name for name in identity if saved.get(name) != identity[name]]
+    if changed:
+        raise ConfigError(f"{folder} is another run: not the same {', '.join(changed)} as in its config.json")
     state = models.read_file(last) if last.exists() else None
     if state and "optimizer" not in state:
         raise ConfigError(f"{last} is not the checkpoint of a run")
@@ -495,14 +484,11 @@ def build_student(args, teacher, scale):
 
 
 def try_step(run, pair):
-    """Tries a step. Returns its seconds, and the GiB of a GPU's memory that are taken so far (Adam's averages
-    come later). ConfigError for what does not fit."""
-    began = time.perf_counter()
+    """Tries a step. ConfigError for what does not fit."""
     try:
         forward_backward(run, *pair)
     except ValueError as e:  # dukd.losses says what does not fit
         raise ConfigError(str(e)) from None
-    return dict(first_step_s=round(time.perf_counter() - began, 2), peak_gib=evaluate.peak_memory(run.device))
 
 
 def new_folder(args, scale):
@@ -516,22 +502,22 @@ def new_folder(args, scale):
             raise ConfigError(f"{args.out} was taken by another run meanwhile: give another --out") from None
         return Path(args.out)
     name = f"runs/{args.method}_{args.student}_x{scale}"
-    for ending in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
+    for number in itertools.count(1):
+        path = Path(name if number == 1 else f"{name}_{number}")
         try:
-            Path(name + ending).mkdir(parents=True)
-            return Path(name + ending)
+            path.mkdir(parents=True)
+            return path
         except FileExistsError:
             continue
 
 
-def write_config(run, out, command, cost):
+def write_config(run, out, command):
     """Writes config.json: the settings, as decided, and what the run is. A resumed run has new settings."""
     settings = vars(run.args) | dict(out=str(out), resume="", precision=run.precision)
     if run.args.resume:
         about = read_config(out) | dict(settings=settings)
     else:
-        about = dict(settings=settings, identity=run.identity, **cost,
-                     **evaluate.provenance(command, run.device))
+        about = dict(settings=settings, identity=run.identity, **evaluate.provenance(command, run.device))
     models.replace_file(out / "config.json", json.dumps(about, indent=1).encode())
 
 
@@ -555,7 +541,7 @@ def add_rows(out, rows):
     rows.clear()
 
 
-def introduce(run, out, cost):
+def introduce(run, out):
     """Says what is about to run, and how good bicubic and teacher are. Returns bicubic's held-out PSNR."""
     args = run.args
     if args.resume:
@@ -564,21 +550,15 @@ def introduce(run, out, cost):
     for role, net in (("teacher", run.teacher), ("student", run.student)):
         if net:
             print(f"{role} {models.describe(net.config)}: {models.parameters(net) / 1e6:.2f} M parameters")
-    sys.stdout.flush()
-    bicubic, teacher = run.score(evaluate.resizer(run.scale), "bicubic"), ""
+    bicubic, teacher = run.score(evaluate.bicubic_upscaler(run.scale), "bicubic"), ""
     if run.teacher:
-        psnr = run.score(evaluate.upscaler(run.teacher, evaluate.TILE), "teacher")
+        psnr = run.score(evaluate.network_upscaler(run.teacher, evaluate.TILE), "teacher")
         teacher = f", teacher {psnr:.2f} dB"
         if psnr < bicubic:
             data.note("the teacher is below bicubic: is it a GAN's, or of another mean or range?")
     print(f"held-out PSNR: bicubic {bicubic:.2f} dB{teacher}")
     print("loss    L =", equation(run.weights))
-    where = f"on {run.device} in {run.precision}"
-    print(f"run     {out}: {args.steps} steps of {args.batch} {where}", flush=True)
-    hours = cost["first_step_s"] * (args.steps - run.step) / 3600
-    if run.device.type == "cpu" and hours > 1:
-        data.note(f"on this CPU that takes about {hours:.0f} hours. It can be stopped and resumed at any "
-                  "time. --quick takes minutes")
+    print(f"run     {out}: {args.steps} steps of {args.batch} on {run.device} in {run.precision}")
     return bicubic
 
 
@@ -586,17 +566,16 @@ def introduce(run, out, cost):
 def finish(run, out, bicubic):
     """The last lines: how good the student is and where, or how to go on."""
     if run.step < run.args.steps:
-        folder = out.as_posix()
-        if not re.fullmatch(r"[\w@%+=:,./-]+", folder):
-            folder = shlex.quote(folder)
+        folder = f'"{out.as_posix()}"' if " " in str(out) else out.as_posix()
         print(f"stopped after step {run.step} of {run.args.steps}; "
               f"go on with: python train.py --resume {folder}")
         return
-    makers = dict(bicubic=evaluate.resizer(run.scale))
+    upscalers = dict(bicubic=evaluate.bicubic_upscaler(run.scale))
     if run.teacher:
-        makers["teacher"] = evaluate.upscaler(run.teacher, evaluate.TILE)
-    makers["student"] = evaluate.upscaler(run.ema, evaluate.TILE)
-    evaluate.write_figure(out / "compare.png", makers, *run.held[0], run.scale)
+        upscalers["teacher"] = evaluate.network_upscaler(run.teacher, evaluate.TILE)
+    upscalers["student"] = evaluate.network_upscaler(run.ema, evaluate.TILE)
+    _, lr, hr = run.held[0]
+    evaluate.write_figure(out / "compare.png", upscalers, lr, hr, run.scale)
     print(f"held-out PSNR: bicubic {bicubic:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
     print(f"in {out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
 
@@ -666,17 +645,14 @@ def start_anew(*words):
     of several processes, and on Windows, whose shell would not wait."""
     if __name__ == "__main__" and os.environ.get("WORLD_SIZE", "1") == "1" and os.name != "nt":
         data.note(f"starting anew with {' '.join(words)}")
-        sys.stdout.flush()
-        sys.stderr.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *words])
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv):
     with evaluate.command_line(ConfigError):
         with contextlib.redirect_stdout(evaluate.Lasting(sys.stdout)):
             train(parse(argv), command=shlex.join(["python", "train.py", *argv]))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -51,6 +51,7 @@ def time_steps(case, steps, more):
     return dict(case=case, ms=round(statistics.median(float(row["ms"]) for row in timed), 2),
                 batch=run.args.batch, patch=run.args.patch, precision=run.precision,
                 peak_ram_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2),
+                peak_gpu_gib=round(torch.cuda.max_memory_allocated() / 2 ** 30, 2),
                 **{key: about[key] for key in about if key not in ("settings", "identity")})
 
 

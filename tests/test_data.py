@@ -86,7 +86,7 @@ def test_imresize_by_hand_and_of_views_and_float_tensors_but_of_nothing_else():
     ("clear.png", "P", dict(transparency=b"\0\x80\xff\7")), ("a.jp2", "RGB", dict(irreversible=False))])
 def test_pictures_are_read_as_rgb(tmp_path, name, mode, options, capsys):
     """Alpha is left out with a note: the colours under it stay. Grey is repeated, palettes are resolved."""
-    data.NOTES.clear()
+    data.note.cache_clear()
     picture = Image.fromarray(RGB).convert(mode)
     if mode[-1] == "A":
         picture.putalpha(Image.fromarray(noise(6, 8, seed=5)))
@@ -165,7 +165,7 @@ def touch(folder, *names):
 
 
 def test_find_images_sorts_folders_and_says_once_what_it_leaves_out(tmp_path, capsys):
-    data.NOTES.clear()
+    data.note.cache_clear()
     a = touch(tmp_path / "a", "2.png", "1.JPG", "notes.txt", ".hidden.png", "f.npy")
     b = touch(tmp_path / "b", "0.Tiff", "odd.dat", ".hidden")
     touch(a / "folder.png", "inside.png")
@@ -222,7 +222,8 @@ def test_pictures_of_one_colour_are_not_scored(tmp_path, capsys):
     paths = [save(noise(16, 16, 3), tmp_path / "a.png")]
     paths += [save(np.full((16, 16, 3), level, np.uint8), tmp_path / f"{level}.png") for level in (0, 128)]
     assert [path for path, *_ in data.read_all(paths, 4)] == paths[:1]
-    assert f"note: pictures of one colour are not scored: {paths[1]}, {paths[2]}" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert all(f"note: {path} is of one colour, and is not scored" in printed for path in paths[1:3])
     refused(lambda: data.read_all(paths[1:], 4), f"{paths[1]} is of one colour")
     assert len(data.Patches(paths, 2, 4, 1, 0, None).paths) == 3  # they may be trained on
 
@@ -251,12 +252,12 @@ def test_small_pictures_are_named_all_at_once(tmp_path):
     paths = [save(noise(*shape, 3), tmp_path / f"{i}.png") for i, shape in enumerate(shapes)]
     named = [f"{paths[i]} is too small: its LR is {size}, and 3x3 or more"
              for i, size in ((0, "2x3"), (2, "5x0"), (3, "2x10"))]
-    refused(lambda: data.read_all(paths, 4, 3), "3 of 4 pictures cannot be used; ", *named)
+    refused(lambda: data.read_all(paths, 4, 3), *named)
     refused(lambda: data.read_all(paths[:1], 4, 3), named[0])
     assert [hr.shape for _, _, hr in data.read_all(paths[1:2], 4, 3)] == [(28, 28, 3)]
     for path in paths:
         data.read_pair(path, 4, 0, tmp_path / "cache")
-    refused(lambda: data.Patches(paths, 3, 4, 1, 0, tmp_path / "cache"), "3 of 4 pictures", *named)
+    refused(lambda: data.Patches(paths, 3, 4, 1, 0, tmp_path / "cache"), *named)
 
 
 @pytest.fixture
@@ -329,7 +330,7 @@ def test_a_bad_image_or_a_full_disk_is_named_and_leaves_no_half_file(tmp_path, f
     assert not list(tmp_path.glob("cache/*"))
     files[8].write_text("no image")
     files[9].write_text("no image")
-    refused(patches, "2 of 12", files[8], files[9])
+    refused(patches, files[8], files[9])
     assert len(list(tmp_path.glob("cache/*.npy"))) == len(list(tmp_path.glob("cache/*"))) == 20
 
 

@@ -59,13 +59,6 @@ def test_parameters_as_published(name, counts):
         assert tuple(models.parameters(models.build(name, scale)) for scale in (2, 3, 4)) == counts
 
 
-def test_multiply_adds():
-    """By hand: eight 3×3 convolutions at LR size (the upsampler's is 6→24), and the last one at HR size."""
-    per_lr_pixel = 9 * (3 * 6 + 7 * 6 * 6 + 6 * 24 + 4 * 6 * 3)
-    assert models.multiply_adds(make("edsr"), 128, 64) == per_lr_pixel * 64 * 32
-    assert round(models.multiply_adds(models.build("edsr_baseline", 4)) / 1e9, 1) == 114.2  # as published
-
-
 @pytest.mark.parametrize("kind, pixel", [
     ("edsr", [0.2712, 0.9998, 0.0670]), ("rcan", [1.5699, 2.3713, 0.5020]),
     ("swinir", [1.6642, 1.1376, -0.1439]), ("lightweight", [0.1217, 0.7775, -1.1465])])
@@ -155,15 +148,15 @@ def test_drop_path_drops_whole_samples_in_training_only():
 @pytest.mark.parametrize("name, description", [
     ("edsr", "edsr scale=3 channels=256 blocks=32 res_scale=0.1"),
     ("edsr_c32b31", "edsr scale=3 channels=32 blocks=31 res_scale=1.0"),
-    ("edsr_c32b40r.5", "edsr scale=3 channels=32 blocks=40 res_scale=0.5"),
     ("rcan_c8b6g5", "rcan scale=3 channels=8 blocks=6 groups=5 reduction=8"),
     ("swinir_c60s24", "swinir scale=3 channels=60 stages=4 layers=6 heads=6 window=8 mlp_ratio=2.0 "
      "head=pixelshuffle")])
 def test_names(name, description):
     with torch.device("meta"):
         img_range = 1.0 if "swinir" in name else 255.0
-        description += f" mean=[0.4488, 0.4371, 0.404] img_range={img_range}"
-        assert models.describe(models.build(name, 3).config) == description
+        description = f"arch={description} mean=[0.4488, 0.4371, 0.404] img_range={img_range}"
+        described = models.describe(models.build(name, 3).config)
+        assert described.replace(" drop_path=0.1", "") == description
 
 
 @pytest.mark.parametrize("name, scale, message", [
@@ -180,7 +173,7 @@ def test_names_that_are_refused(name, scale, message):
 @pytest.mark.parametrize("teacher, student", [
     ("edsr", "edsr_c64b32"), ("rcan", "rcan_c64b6g10"), ("swinir", "swinir_c60s24"),
     ("edsr_baseline", "edsr_c32b16"), ("rcan_c64b6g10", "rcan_c32b6g10"), ("swinir_c60s24", "swinir_c30s24"),
-    ("edsr_c1b1r0.5", "edsr_c1b1r0.5"), ("swinir_c54s6", "swinir_c24s6"), ("rcan_c16b1g1", "rcan_c8b1g1")])
+    ("edsr_c1b1", "edsr_c1b1"), ("swinir_c54s6", "swinir_c24s6"), ("rcan_c16b1g1", "rcan_c8b1g1")])
 def test_small_is_the_papers_student_or_half_the_width(teacher, student):
     with torch.device("meta"):
         config = models.small(models.build(teacher, 3))
@@ -367,7 +360,7 @@ def test_another_packages_network(tmp_path, monkeypatch):
     net, x = models.load(path), picture(2, 3, 9, 5)
     assert torch.equal(net(x), F.interpolate(x * 2, scale_factor=2)) and torch.equal(x, picture(2, 3, 9, 5))
     assert (net.scale, net.config["arch"], net.taps, net.receptive_radius) == (2, "X", [], None)
-    assert models.multiply_adds(net) is None and list(net.children()) == [net.model]  # .to(device) reaches it
+    assert list(net.children()) == [net.model]  # .to(device) reaches it
     F.mse_loss(picture(2, 3, 18, 10).requires_grad_(), net(x)).backward()  # it serves as a label
     raises(models.CheckpointError, lambda: models.small(net), "X")
     refused(path, res_scale=0.1)

@@ -72,8 +72,11 @@ def test_its_snippets_run(snippet, tmp_path, monkeypatch):
         pytest.importorskip("onnxscript")  # optional; brings onnx
     models.save("student.pt", models.build("edsr_c4b2", 4))
     save(noise(12, 16, 3), "photo.jpg")
+    for picture in ("Set5/HR/baby.png", "mine/baby_x4.png"):
+        Path(picture).parent.mkdir(parents=True)
+        save(noise(48, 48, 3), picture)
     exec(snippet, {})
-    made = {path.name for path in tmp_path.iterdir()} - {"student.pt", "photo.jpg"}
+    made = {path.name for path in tmp_path.iterdir()} - {"student.pt", "photo.jpg", "Set5", "mine"}
     assert made == {*re.findall(r'"(student.onnx|big.png)"', snippet)}
 
 
