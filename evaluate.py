@@ -125,7 +125,7 @@ def bicubic_upscaler(scale):
     return functools.partial(data.imresize, factor=scale)
 
 
-def network_upscaler(network, tile=0, self_ensemble=False):
+def network_upscaler(network, tile=TILE, self_ensemble=False):
     """A network, run on the device of its parameters. tile: as in `upscale`."""
     def upscaler(lr):
         x = to_tensor(lr, next(network.parameters()).device)
@@ -304,7 +304,7 @@ def parse(argv):
     if not (o.data or o.input or o.bench):
         p.error("name --data to score, --input and --output to upscale, or --bench")
     if bool(o.input) != bool(o.output):
-        p.error(f"{'--output' if o.input else '--input'} is missing: pictures go from --input to --output")
+        p.error("one of --input and --output is missing: pictures go from --input to --output")
     if o.input and len(o.models) != 1:
         p.error("--input takes one model")
     if (o.json or o.figure or o.against) and not o.data:

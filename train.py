@@ -211,7 +211,7 @@ def train(args, command="python train.py"):
             run.check_finite(means[-1])
             if run.rank == 0:
                 if validating:
-                    run.psnr = run.score(evaluate.network_upscaler(run.ema, evaluate.TILE), "student")
+                    run.psnr = run.score(evaluate.network_upscaler(run.ema), "student")
                 rows.append(run.row(means, validating, ms))
                 attempt(add_rows, out, rows)
                 if validating:
@@ -552,7 +552,7 @@ def introduce(run, out):
             print(f"{role} {models.describe(net.config)}: {models.parameters(net) / 1e6:.2f} M parameters")
     bicubic, teacher = run.score(evaluate.bicubic_upscaler(run.scale), "bicubic"), ""
     if run.teacher:
-        psnr = run.score(evaluate.network_upscaler(run.teacher, evaluate.TILE), "teacher")
+        psnr = run.score(evaluate.network_upscaler(run.teacher), "teacher")
         teacher = f", teacher {psnr:.2f} dB"
         if psnr < bicubic:
             data.note("the teacher is below bicubic: is it a GAN's, or of another mean or range?")
@@ -572,8 +572,8 @@ def finish(run, out, bicubic):
         return
     upscalers = dict(bicubic=evaluate.bicubic_upscaler(run.scale))
     if run.teacher:
-        upscalers["teacher"] = evaluate.network_upscaler(run.teacher, evaluate.TILE)
-    upscalers["student"] = evaluate.network_upscaler(run.ema, evaluate.TILE)
+        upscalers["teacher"] = evaluate.network_upscaler(run.teacher)
+    upscalers["student"] = evaluate.network_upscaler(run.ema)
     _, lr, hr = run.held[0]
     evaluate.write_figure(out / "compare.png", upscalers, lr, hr, run.scale)
     print(f"held-out PSNR: bicubic {bicubic:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")

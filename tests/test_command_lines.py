@@ -112,7 +112,7 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(place, monkeypatch, ca
     ("x2.pt --data val --json empty", "empty cannot be read or written"),
     ("x2.pt --data val --figure new.psd", "new.psd cannot be written"),
     ("x2.pt --json new.json --bench 1", "--json"), ("x2.pt --bench 0", "--bench"),
-    ("x2.pt --input val", "--output is missing"),
+    ("x2.pt --input val", "and --output is missing"),
     ("x2.pt bicubic --input val --output new", "--input takes one model"),
     ("x2.pt --input nowhere --output new", "nowhere does not exist"),
     ("x2.pt --input twins --output new", "twins holds two pictures of the same name"),

@@ -18,7 +18,7 @@ from PIL import Image, ImageCms  # imageio brings it
 import data
 import evaluate
 import models
-from samples import error_lines, noise, raises, save
+from samples import error_lines, noise, save
 
 
 def smooth(h, w, channels=3, seed=0):
