@@ -27,9 +27,10 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow would refuse more than 179 megapixels; t
 EXTENSIONS = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm",
               ".tga", ".tif", ".tiff", ".webp"}
 PHOTOGRAPHS = Path(skimage.data.__file__).parent  # scikit-image brings them
-TRAIN = ("astronaut.png", "brick.png", "camera.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
-         "moon.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg")
-VAL = ("coffee.png", "chelsea.png", "coins.png")
+TRAIN = [PHOTOGRAPHS / name for name in (
+    "astronaut.png", "brick.png", "camera.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
+    "moon.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg")]
+VAL = [PHOTOGRAPHS / name for name in ("coffee.png", "chelsea.png", "coins.png")]
 composed = functools.partial(unicodedata.normalize, "NFC")  # ä as one letter: macOS may write it as two
 
 
@@ -115,11 +116,6 @@ def find_hr(places):
                                 "in a folder of its own")
         found[path.parent, name] = path
     return images
-
-
-def embedded(names):
-    """The paths of some of scikit-image's photographs: TRAIN or VAL."""
-    return find_images([PHOTOGRAPHS / name for name in names])
 
 
 def imresize(image, factor):

@@ -422,9 +422,8 @@ def check_settings(args, teacher, rank, world):
 
 def choose_pictures(args):
     """The paths of the training pictures, and of the held-out ones."""
-    images, held = data.find_hr(args.data), data.find_hr(args.val)
-    if not images:
-        images, held = data.embedded(data.TRAIN), held or data.embedded(data.VAL)
+    images = data.find_hr(args.data or data.TRAIN)
+    held = data.find_hr(args.val or ([] if args.data else data.VAL))
     if not held:
         count = min(max(len(images) // 10, 1), 10)
         held = images[::len(images) // count][:count]
