@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=2 train.py --teacher FILE --data DIR          one batch on two GPUs
     python train.py --resume runs/NAME                                      go on where a run stopped
 
-Read downward: settings, one step, the loop, what a run is and keeps, its set-up, its folder, speed on CUDA.
+Read downward: settings, step, loop, what a run is and keeps, its set-up, folder and end, speed on CUDA.
 """
 import argparse
 import contextlib
@@ -229,46 +229,6 @@ def train(args, command="python train.py"):
     if signals and run.step < args.steps:  # the signal may have come to another process
         raise SystemExit(128 + signals[0])
     return run, out
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """Yields a list that gets the number of a signal that asks the program to end: Ctrl-C, SIGTERM, a closed
-    terminal's SIGHUP, a cluster's SIGUSR1. A second one ends it at once. What is ignored, as SIGHUP under
-    nohup, stays so. In a thread other than the main one, Python allows no signals."""
-    caught, before = [], {}
-
-    def handle(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows has two of them
-            if number and signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, handle)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def attempt(write, *arguments):
-    """Writes. Where that is denied, as while Excel has log.csv open, training goes on: the next write, or the
-    last one, brings it."""
-    try:
-        write(*arguments)
-    except PermissionError as e:
-        data.note(f"{e.filename} cannot be written now ({e.strerror}). It is tried again later")
-
-
-def any_process_has(signals, run):
-    """Whether a signal came to any process. They ask each other, so that all stop after the same step."""
-    if run.world == 1:
-        return len(signals) > 0
-    share = torch.tensor([float(len(signals))], device=run.device)
-    average_over_processes([share], run.world)
-    return share.item() > 0
 
 
 class Run:
@@ -577,6 +537,46 @@ def finish(run, out, bicubic):
     evaluate.write_figure(out / "compare.png", upscalers, lr, hr, run.scale)
     print(f"held-out PSNR: bicubic {bicubic:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
     print(f"in {out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
+
+
+@contextlib.contextmanager
+def caught_signals():
+    """Yields a list that gets the number of a signal that asks the program to end: Ctrl-C, SIGTERM, a closed
+    terminal's SIGHUP, a cluster's SIGUSR1. A second one ends it at once. What is ignored, as SIGHUP under
+    nohup, stays so. In a thread other than the main one, Python allows no signals."""
+    caught, before = [], {}
+
+    def handle(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has two of them
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handle)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def attempt(write, *arguments):
+    """Writes. Where that is denied, as while Excel has log.csv open, training goes on: the next write, or the
+    last one, brings it."""
+    try:
+        write(*arguments)
+    except PermissionError as e:
+        data.note(f"{e.filename} cannot be written now ({e.strerror}). It is tried again later")
+
+
+def any_process_has(signals, run):
+    """Whether a signal came to any process. They ask each other, so that all stop after the same step."""
+    if run.world == 1:
+        return len(signals) > 0
+    share = torch.tensor([float(len(signals))], device=run.device)
+    average_over_processes([share], run.world)
+    return share.item() > 0
 
 
 def fast_step(run, pair):
