@@ -22,7 +22,7 @@ import models
 from dukd import bicubic_resize
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # read_image raises what matters
-Image.MAX_IMAGE_PIXELS = None  # Pillow would refuse more than 179 megapixels; the user named the file
+Image.MAX_IMAGE_PIXELS = 2 ** 31  # Pillow refuses twice that: the header of a damaged file may say anything
 
 EXTENSIONS = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm",
               ".tga", ".tif", ".tiff", ".webp"}

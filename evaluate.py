@@ -240,7 +240,7 @@ def upscale_files(upscaler, source, out, scale):
     if out.suffix and not out.is_dir() and Path(source).is_file():
         jobs = {out: paths[0]}
     if len(jobs) < len(paths):
-        raise data.DataError(f"{source} holds two pictures of the same name, such as a.png and a.bmp")
+        raise data.DataError(f"{source} holds two pictures of the same name that differ in their endings")
     for target in [*jobs]:
         if os.path.exists(target):  # also False where the name is too long
             print(f"{target} exists already and is kept")

@@ -39,8 +39,8 @@ import models
 from evaluate import FILE, between
 
 QUICK = dict(steps=1300, batch=2, patch=24, lr=1.4e-3, schedule="cosine")
-MAY_CHANGE = {"resume", "teacher", "data", "val", "cache", "device", "compile", "val_every"}  # by --resume
-# How long torchrun's processes wait for each other: to start; later, while the first one scores.
+MAY_CHANGE = {"resume", "teacher", "data", "val", "cache", "device", "compile", "val_every"}  # at --resume
+# How long torchrun's processes wait for each other: at the start; in training, while the first one scores.
 RENDEZVOUS, SCORING = datetime.timedelta(minutes=10), datetime.timedelta(hours=5)
 
 
@@ -61,8 +61,8 @@ def run_folder(text):
 
 
 def parse(argv):
-    """The command line as argparse's namespace. Defaults come in layers, each covers the earlier ones: built
-    in, of --method, of --quick, of the run to --resume. Typed flags win."""
+    """The command line as argparse's namespace. A flag that is not typed has the default of the run to
+    --resume; else that of --quick, where it has one; else that of --method; else the built-in one."""
     first = evaluate.Parser(add_help=False, allow_abbrev=False)
     g = first.add_argument_group("what sets the defaults of the others")
     g.add_argument("--method", choices=dukd.METHODS, default="dukd", help="weights of the loss, see below")
@@ -171,7 +171,7 @@ def train(args, command="python train.py"):
     cannot be used. SystemExit where a signal stopped it."""
     run = Run(args)
     pair = run.patches[run.step]
-    try_step(run, pair)  # what cannot work ends here, before a folder is made
+    try_step(run, pair)  # what cannot work ends here, before a folder is made; its gradients are not used
     step = fast_step(run, pair)
     out, bicubic = None, math.nan
     if run.rank == 0:  # the first process speaks and writes for all
@@ -221,12 +221,12 @@ def train(args, command="python train.py"):
             window, began = [], time.perf_counter()
         bar.close()
         if run.rank == 0:
-            run.save(out, run.step == args.steps)
+            run.save(out, run.step == args.steps)  # also what was denied before
             add_rows(out, rows)
             finish(run, out, bicubic)
     if run.world > 1:
         dist.destroy_process_group()
-    if signals and run.step < args.steps:  # the signal may have come to another process
+    if signals and run.step < args.steps:  # a process without a signal of its own ends quietly
         raise SystemExit(128 + signals[0])
     return run, out
 
@@ -402,16 +402,17 @@ def read_config(folder):
         return about
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise ConfigError(f"--resume {folder}: no run is there, as its config.json is missing, damaged or of "
-                          "another version of train.py") from None
+                          "another version of train.py: start a new run in another folder") from None
 
 
 def read_checkpoint(folder, identity):
-    """What a resumed run goes on from: the state in last.ckpt, or None where it has none yet.
+    """What a resumed run goes on from: the state in last.ckpt, or None where no checkpoint was written yet.
     ConfigError where pictures or teacher are not those of the run."""
     saved, last = read_config(folder)["identity"], Path(folder, "last.ckpt")
     changed = [name for name in identity if saved.get(name) != identity[name]]
     if changed:
-        raise ConfigError(f"{folder} is another run: not the same {', '.join(changed)} as in its config.json")
+        raise ConfigError(f"{folder} is another run: not the same {', '.join(changed)} as in config.json. For "
+                          "files that have moved, give --data, --val or --teacher anew")
     state = models.read_file(last) if last.exists() else None
     if state and "optimizer" not in state:
         raise ConfigError(f"{last} is not the checkpoint of a run")
@@ -420,7 +421,7 @@ def read_checkpoint(folder, identity):
 
 def build_student(args, teacher, scale):
     """The student by name. With --init it starts from a file: from every tensor that fits in name and shape,
-    and from residual scale, mean and range, without which the tensors would mean another function."""
+    and from its residual scale, mean and range, as tensors mean little without them."""
     config = models.small(teacher) if args.student == "small" else models.config_of(args.student, scale)
     if not args.init:
         return models.from_config(config)
@@ -471,8 +472,8 @@ def new_folder(args, scale):
 
 
 def write_config(run, out, command):
-    """Writes config.json: the settings, as decided, and what the run is. A resumed run has new settings."""
-    settings = vars(run.args) | dict(out=str(out), resume="", precision=run.precision)
+    """Writes config.json: the settings, with what was decided, and what the run is."""
+    settings = vars(run.args) | dict(out=str(out), resume="", precision=run.precision, scale=run.scale)
     if run.args.resume:
         about = read_config(out) | dict(settings=settings)
     else:
@@ -481,7 +482,7 @@ def write_config(run, out, command):
 
 
 def begin_log(run, out):
-    """Writes log.csv: its head, and of a resumed run those rows that the checkpoint knows."""
+    """Writes log.csv: its head, and of a resumed run the rows up to the checkpoint's step."""
     log = out / "log.csv"
     terms = [term for term, weight in run.weights.items() if weight]
     rows = [",".join(["step", "lr", *terms, "total", "val_psnr", "ms"]) + "\n"]
@@ -562,8 +563,8 @@ def caught_signals():
 
 
 def attempt(write, *arguments):
-    """Writes. Where that is denied, as while Excel has log.csv open, training goes on: the next write, or the
-    last one, brings it."""
+    """Writes. Where that is denied, as while Excel has log.csv open, training goes on. The next write brings
+    what is missing; only at the end a denied one is an error."""
     try:
         write(*arguments)
     except PermissionError as e:
@@ -613,9 +614,9 @@ def compile_blocks(run, pair):
 class Recorded:
     """A step as one CUDA graph, which is launched at once instead of kernel by kernel.
     A call copies its pair, I_LR and I_HR, into the recorded one. Replays draw anew: the generator is seeded
-    before each step. Gradients stay where they were recorded: nobody sets them to None.
+    before each step. Gradients stay where they were recorded: a replay runs no Python, so no zero_grad.
     A teacher that reads values from the GPU cannot be recorded, and a failed recording spoils the process. So
-    the program starts anew without; where it cannot, there is a ConfigError."""
+    the program starts anew without recording; where it cannot, there is a ConfigError."""
 
     def __init__(self, step, pair):
         for _ in range(3):  # the libraries choose their algorithms

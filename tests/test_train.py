@@ -146,7 +146,8 @@ def test_a_run_learns_and_keeps_what_it_was(settings):
     about = json.loads((out / "config.json").read_text())
     assert about["identity"]["held_out"] == ["im0.png"]
     assert about["identity"]["pictures"] == [f"im{i}.png" for i in range(4)]
-    assert about["settings"] == json.loads(json.dumps(vars(args))) and about["settings"]["lambda_rec"] == 5
+    assert about["settings"] == json.loads(json.dumps(vars(args) | dict(scale=4)))
+    assert about["settings"]["lambda_rec"] == 5
     assert about["command"] == "python train.py …"
     assert iio.imread(out / "compare.png").shape[2] == 3
     assert models.load(out / "last.ckpt").config == run.student.config
