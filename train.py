@@ -411,8 +411,8 @@ def read_checkpoint(folder, identity):
     saved, last = read_config(folder)["identity"], Path(folder, "last.ckpt")
     changed = [name for name in identity if saved.get(name) != identity[name]]
     if changed:
-        raise ConfigError(f"{folder} is another run: not the same {', '.join(changed)} as in config.json. For "
-                          "files that have moved, give --data, --val or --teacher anew")
+        raise ConfigError(f"{folder} is another run: not the same {', '.join(changed)} as in config.json. "
+                          "For files that have moved, give --data, --val or --teacher anew")
     state = models.read_file(last) if last.exists() else None
     if state and "optimizer" not in state:
         raise ConfigError(f"{last} is not the checkpoint of a run")
