@@ -180,7 +180,8 @@ def train_and_score(arm, n, seed, started, teacher, images, place):
     rows = list(csv.DictReader(open(out / "log.csv")))
     held_out = [(int(row["step"]), float(row["val_psnr"])) for row in rows if row["val_psnr"]]
     best, end = max(held_out, key=lambda point: point[1]), held_out[-1]
-    record = dict(arm=arm, n=n, seed=seed, command=shlex.join(["python", "train.py", *words[:-1], "DIR"]),
+    command = shlex.join(["python", "train.py", *words[:-1], "DIR"]).replace(f"{place}/", "DIR/")
+    record = dict(arm=arm, n=n, seed=seed, command=command,
                   images=sorted(path.stem for path in images.iterdir()) if n in (2, 8) else None,
                   precision=about["settings"]["precision"],
                   held_out_by_step=held_out, seconds=None if resumed else round(seconds),
