@@ -222,8 +222,8 @@ def train(args, command="python train.py"):
         bar.close()
         if run.rank == 0:
             run.save(out, run.step == args.steps)  # also what was denied before
-            add_rows(out, rows)
             finish(run, out, bicubic)
+            add_rows(out, rows)  # last: it fails where log.csv is still denied
     if run.world > 1:
         dist.destroy_process_group()
     if signals and run.step < args.steps:  # a process without a signal of its own ends quietly
