@@ -7,6 +7,7 @@ import hashlib
 import io
 import re
 import sys
+import threading
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ TRAIN = [PHOTOGRAPHS / name for name in (
     "astronaut.png", "brick.png", "camera.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
     "moon.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg")]
 VAL = [PHOTOGRAPHS / name for name in ("coffee.png", "chelsea.png", "coins.png")]
+NOTES, LOCK = set(), threading.Lock()  # of `note`
 composed = functools.partial(unicodedata.normalize, "NFC")  # ä as one letter: macOS may write it as two
 
 
@@ -38,12 +40,14 @@ class DataError(ValueError):
     """An image or a folder that cannot be used. The message says which, why, and what to do."""
 
 
-@functools.cache
 def note(text):
-    """Prints a note on stderr, each one once."""
-    for bar in [*tqdm._instances]:  # an open bar would share the note's line
-        bar.clear()
-    print(f"note: {text}", file=sys.stderr)
+    """Prints a note on stderr, each one once, also where several threads have it."""
+    with LOCK:
+        if text not in NOTES:
+            for bar in [*tqdm._instances]:  # an open bar would share the note's line
+                bar.clear()
+            print(f"note: {text}", file=sys.stderr)
+        NOTES.add(text)
 
 
 def read_image(path):
@@ -178,11 +182,12 @@ def read_all(paths, scale, least=1):
 
 def for_each(paths, function):
     """[function(path)], four at a time. One DataError names all pictures that cannot be used."""
-    found, errors = [], []
+    found, errors, tasks = [], [], []
+    bar = tqdm(tasks, "reading", len(paths), delay=2, leave=False, ncols=80)  # whole before a thread has a note
     with ThreadPoolExecutor(4) as pool:
-        tasks = [pool.submit(function, path) for path in paths]
+        tasks += [pool.submit(function, path) for path in paths]
         try:
-            for task in tqdm(tasks, "reading", delay=2, leave=False, ncols=80):
+            for task in bar:
                 try:
                     found.append(task.result())
                 except DataError as e:

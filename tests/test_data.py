@@ -86,7 +86,7 @@ def test_imresize_by_hand_and_of_views_and_float_tensors_but_of_nothing_else():
     ("clear.png", "P", dict(transparency=b"\0\x80\xff\7")), ("a.jp2", "RGB", dict(irreversible=False))])
 def test_pictures_are_read_as_rgb(tmp_path, name, mode, options, capsys):
     """Alpha is left out with a note: the colours under it stay. Grey is repeated, palettes are resolved."""
-    data.note.cache_clear()
+    data.NOTES.clear()
     picture = Image.fromarray(RGB).convert(mode)
     if mode[-1] == "A":
         picture.putalpha(Image.fromarray(noise(6, 8, seed=5)))
@@ -165,7 +165,7 @@ def touch(folder, *names):
 
 
 def test_find_images_sorts_folders_and_says_once_what_it_leaves_out(tmp_path, capsys):
-    data.note.cache_clear()
+    data.NOTES.clear()
     a = touch(tmp_path / "a", "2.png", "1.JPG", "notes.txt", ".hidden.png", "f.npy")
     b = touch(tmp_path / "b", "0.Tiff", "odd.dat", ".hidden")
     touch(a / "folder.png", "inside.png")
@@ -226,6 +226,18 @@ def test_pictures_of_one_colour_are_not_scored(tmp_path, capsys):
     assert all(f"note: {path} is of one colour, and is not scored" in printed for path in paths[1:3])
     refused(lambda: data.read_all(paths[1:], 4), f"{paths[1]} is of one colour")
     assert len(data.Patches(paths, 2, 4, 1, 0, None).paths) == 3  # they may be trained on
+
+
+def test_threads_may_have_notes_while_the_bar_is_made(monkeypatch, capsys):
+    make = data.tqdm.__init__
+
+    def slowly(bar, *words, **more):
+        time.sleep(0.2)
+        make(bar, *words, **more)
+    monkeypatch.setattr(data.tqdm, "__init__", slowly)
+    data.NOTES.clear()
+    assert data.for_each(range(8), lambda n: data.note("once")) == [None] * 8
+    assert capsys.readouterr().err.count("note: once") == 1
 
 
 def test_the_embedded_photographs():
