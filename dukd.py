@@ -127,9 +127,11 @@ class InvertibleAugmentation:
     @classmethod
     def sample(cls, n, ops=OPERATIONS, p=0.3, generator=None, device=None):
         """Draws, for each of n samples, each operation independently with probability p.
-        ValueError for an unknown operation, and for p outside [0,1]."""
+        ValueError for an unknown operation, for one that is named twice, and for p outside [0,1]."""
         if unknown := [op for op in ops if op not in cls.OPERATIONS]:
             raise ValueError(f"unknown operation '{unknown[0]}'; known: {', '.join(cls.OPERATIONS)}")
+        if len(set(ops)) < len(ops):
+            raise ValueError(f"an operation is named twice: {', '.join(ops)}")
         if not 0 <= p <= 1:
             raise ValueError(f"p = {p} is not a probability")
         return cls(ops, torch.rand(len(ops), n, generator=generator, device=device) < p)
@@ -218,6 +220,8 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
         raise ValueError("the teacher is in training mode: call teacher.eval() first")
     if feature_terms and not taps:
         raise ValueError(f"{min(feature_terms)} needs taps, pairs of modules whose outputs are compared")
+    if crops < 1:
+        raise ValueError(f"{crops} zoom-in crops of a patch: at least one is needed")
     n, c, h, w = lr.shape
     scale = hr.shape[-1] // w
     if hr.shape != (n, c, scale * h, scale * w):

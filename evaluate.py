@@ -218,6 +218,7 @@ def figure(pictures, scale):
 
 def write_figure(target, upscalers, lr, hr, scale):
     """Writes the `figure` of HR and of what each upscaler {label: upscaler} makes of LR."""
+    encoded(target, hr[:1, :1])  # a wrong ending fails before the long work
     pictures = dict(HR=hr)
     for label, upscaler in upscalers.items():
         pictures[label] = upscaler(lr)
@@ -304,7 +305,7 @@ def parse(argv):
     if not (o.data or o.input or o.bench):
         p.error("name --data to score, --input and --output to upscale, or --bench")
     if bool(o.input) != bool(o.output):
-        p.error("one of --input and --output is missing: pictures go from --input to --output")
+        p.error(f"{'--output' if o.input else '--input'} is missing: pictures go from --input to --output")
     if o.input and len(o.models) != 1:
         p.error("--input takes one model")
     if (o.json or o.figure or o.against) and not o.data:

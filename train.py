@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -221,7 +222,8 @@ def train(args, command="python train.py"):
             window, began = [], time.perf_counter()
         bar.close()
         if run.rank == 0:
-            run.save(out, run.step == args.steps)  # also what was denied before
+            if run.saved != run.step:
+                run.save(out, run.step == args.steps)
             finish(run, out, bicubic)
             add_rows(out, rows)  # last: it fails where log.csv is still denied
     if run.world > 1:
@@ -232,8 +234,8 @@ def train(args, command="python train.py"):
 
 
 class Run:
-    """Networks, pictures and device of a run. Training changes the student, its average (EMA), `step`, `psnr`
-    and `best`."""
+    """Networks, pictures and device of a run. Training changes the student, its average (EMA), and `step`,
+    `psnr`, `best` and `saved`."""
 
     def __init__(self, args):
         self.args = args
@@ -246,10 +248,9 @@ class Run:
         self.scale = args.scale or (teacher.scale if teacher else 4)
         check_settings(args, teacher, self.rank, self.world)
         train_paths, val_paths = choose_pictures(args)
-        file = Path(args.teacher).read_bytes() if args.teacher else b""
+        hashes = [hashlib.sha256(Path(args.teacher).read_bytes()).hexdigest()] if args.teacher else []
         self.identity = dict(pictures=[data.composed(path.name) for path in train_paths],
-                             held_out=[data.composed(path.name) for path in val_paths],
-                             teacher=hashlib.sha256(file).hexdigest())
+                             held_out=[data.composed(path.name) for path in val_paths], teacher_sha256=hashes)
         checkpoint = read_checkpoint(args.resume, self.identity) if args.resume else None
 
         torch.manual_seed(args.seed)
@@ -274,6 +275,7 @@ class Run:
         self.val_every = args.val_every or max(1, min(args.steps // 10, 5000))
         self.log_every = 10 if self.device.type == "cuda" else 1  # a look at the terms makes a GPU wait
         self.step, self.psnr, self.best = 0, math.nan, -math.inf  # psnr, best: held-out
+        self.saved = None  # the step of last.ckpt
         if checkpoint:
             self.restore(checkpoint)
 
@@ -289,6 +291,7 @@ class Run:
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.psnr, self.best = state["step"], state["psnr"], state["best"]
+        self.saved = self.step
 
     def save(self, out, validated):
         """Writes student.pt, best.pt if these weights are validated and the best so far, then last.ckpt."""
@@ -298,6 +301,7 @@ class Run:
             models.save(out / "best.pt", self.ema, raw)
             self.best = self.psnr
         models.replace_file(out / "last.ckpt", models.as_bytes(self.state()))
+        self.saved = self.step
 
     @torch.compiler.set_stance("force_eager")  # else blocks are compiled for each size of picture
     def score(self, upscaler, label):
@@ -409,10 +413,12 @@ def read_checkpoint(folder, identity):
     """What a resumed run goes on from: the state in last.ckpt, or None where no checkpoint was written yet.
     ConfigError where pictures or teacher are not those of the run."""
     saved, last = read_config(folder)["identity"], Path(folder, "last.ckpt")
-    changed = [name for name in identity if saved.get(name) != identity[name]]
-    if changed:
-        raise ConfigError(f"{folder} is another run: not the same {', '.join(changed)} as in config.json. "
-                          "For files that have moved, give --data, --val or --teacher anew")
+    for name, now in identity.items():
+        before = saved.get(name) or []
+        if before != now:
+            others = sorted({*before} ^ {*now}) or ["the order"]
+            raise ConfigError(f"{folder} is another run: {name} differs in {', '.join(others)[:99]}. For "
+                              "files that have moved, give --data, --val or --teacher anew")
     state = models.read_file(last) if last.exists() else None
     if state and "optimizer" not in state:
         raise ConfigError(f"{last} is not the checkpoint of a run")
@@ -526,7 +532,9 @@ def introduce(run, out):
 def finish(run, out, bicubic):
     """The last lines: how good the student is and where, or how to go on."""
     if run.step < run.args.steps:
-        folder = f'"{out.as_posix()}"' if " " in str(out) else out.as_posix()
+        folder = out.as_posix()
+        if not re.fullmatch(r"[\w@%+=:,./-]+", folder):
+            folder = f'"{folder}"'
         print(f"stopped after step {run.step} of {run.args.steps}; "
               f"go on with: python train.py --resume {folder}")
         return

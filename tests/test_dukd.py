@@ -275,6 +275,7 @@ def losses_with(**changes):
 
 @pytest.mark.parametrize("message, call", [
     ("'rot'; known: hflip, vflip, transpose", lambda: InvertibleAugmentation.sample(2, ("hflip", "rot"))),
+    ("twice: vflip, vflip", lambda: InvertibleAugmentation.sample(2, ("vflip", "vflip"))),
     ("-0.1 is not a probability", lambda: InvertibleAugmentation.sample(2, OPS, -0.1)),
     ("1.5 is not a probability", lambda: InvertibleAugmentation.sample(2, OPS, 1.5)),
     ("nan is not a probability", lambda: InvertibleAugmentation.sample(2, OPS, math.nan)),
@@ -293,6 +294,7 @@ def losses_with(**changes):
     ("no pairs of one scale", lambda: losses_with(weights=dict(rec=1), lr=uniform(1, 1, 8, 8))),
     ("scale 2, not 7x8", lambda: losses_with(weights=dict(zoom_out=1), lr=uniform(1, 3, 7, 8),
                                              hr=uniform(1, 3, 14, 16))),
+    ("-1 zoom-in crops", lambda: losses_with(weights=dict(zoom_in=1), crops=-1)),
     ("a tap is no module of its network", lambda: losses_with(
         weights=dict(at=1), taps=[(torch.nn.Conv2d(3, 3, 1), torch.nn.Conv2d(3, 3, 1))])),
     ("teacher is in training mode", lambda: losses_with(weights=dict(kd=1), teacher=Net(6))),

@@ -273,14 +273,14 @@ def test_what_shapes_a_run_may_not_change(stopped, capsys):
         line = refusal(capsys, "--resume", stopped, *typed.split())
         assert f"{flag} is not for --resume" in line and f"--init {stopped}/student.pt" in line
     save(noise(64, 72, 3), "train/im9.png")
-    assert "another run: not the same pictures as in" in refusal(capsys, "--resume", stopped)
+    assert "another run: pictures differs in im9.png" in refusal(capsys, "--resume", stopped)
     Path("train/im9.png").rename("val/im1.png")
-    assert "another run: not the same held_out as in" in refusal(capsys, "--resume", stopped)
+    assert "another run: held_out differs in im1.png" in refusal(capsys, "--resume", stopped)
     Path("val/im1.png").unlink()
     state = torch.load("edsr_x4.pt")
     state["params_ema"]["conv_first.bias"] += 1e-6
     torch.save(state, "edsr_x4.pt")
-    assert "another run: not the same teacher as in" in refusal(capsys, "--resume", stopped)
+    assert "teacher_sha256 differs" in refusal(capsys, "--resume", stopped)
     assert before == {path: path.read_bytes() for path in stopped.iterdir()}
 
 
@@ -408,7 +408,7 @@ def test_a_resumed_run_keeps_its_precision(settings, monkeypatch):
 
 
 def test_a_teacher_below_bicubic_is_noted(settings, capsys):
-    data.note.cache_clear()
+    data.NOTES.clear()
     train.train(settings(steps=1))
     assert "note: the teacher is below bicubic" in capsys.readouterr().err
 
@@ -550,7 +550,7 @@ def test_compiled_blocks_give_the_same_step_and_leave_pictures_alone(settings, t
         return graph.forward if works else 1 / 0
     monkeypatch.setattr(torch, "compile", lambda block, **given: original(block, backend=backend, **given))
     plain, other = train.Run(settings()), train.Run(settings())
-    data.note.cache_clear()
+    data.NOTES.clear()
     train.compile_blocks(other, other.patches[0])
     printed = capsys.readouterr().err
     assert ("ZeroDivisionError" in printed and "torch.compile fails" in printed) != works
