@@ -19,8 +19,8 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import models
 from dukd import bicubic_resize
+from models import InputError, replace_file
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # read_image raises what matters
 Image.MAX_IMAGE_PIXELS = 2 ** 31  # Pillow refuses twice that: the header of a damaged file may say anything
@@ -36,10 +36,6 @@ NOTES, LOCK = set(), threading.Lock()  # of `note`
 composed = functools.partial(unicodedata.normalize, "NFC")  # ä as one letter: macOS may write it as two
 
 
-class DataError(ValueError):
-    """An image or a folder that cannot be used. The message says which, why, and what to do."""
-
-
 def note(text):
     """Prints a note on stderr, each one once, also where several threads have it."""
     with LOCK:
@@ -52,10 +48,10 @@ def note(text):
 
 def read_image(path):
     """The picture in a file as RGB, uint8 (H,W,3), turned as its EXIF says. Grey becomes three like channels,
-    transparency is left out. DataError, naming the file, if it is missing, damaged, of several frames, or of
+    transparency is left out. InputError, naming the file, if it is missing, damaged, of several frames, or of
     more than 8 bits a value."""
     if not Path(path).is_file():  # a pipe might never end
-        raise DataError(f"{path} is missing, or is not a file")
+        raise InputError(f"{path} is missing, or is not a file")
     try:
         with Image.open(path) as file:
             frames = getattr(file, "n_frames", 1)
@@ -64,12 +60,12 @@ def read_image(path):
             transparent = file.has_transparency_data
             image = np.array(ImageOps.exif_transpose(file).convert("RGB"))
     except Exception as e:  # Pillow raises a dozen kinds for broken files
-        raise DataError(f"{path} is not a readable image ({str(e)[:100] or type(e).__name__})") from None
+        raise InputError(f"{path} is not a readable image ({str(e)[:100] or type(e).__name__})") from None
     if frames > 1 and not previews:
-        raise DataError(f"{path} holds {frames} frames; split it into single pictures")
+        raise InputError(f"{path} holds {frames} frames; split it into single pictures")
     # modes I and F; raw modes such as RGB;16B, but not BGR;16 (5 bits a colour); PPM's ('RGB', 4095))]
     if re.match("[IF]", layout) or re.search("(?<!BGR);1[26]|ppm.*[0-9]{4}\\)\\)", layout):
-        raise DataError(f"{path} has more than 8 bits a value; convert it: magick {path} -depth 8 new.png")
+        raise InputError(f"{path} has more than 8 bits a value; convert it: magick {path} -depth 8 new.png")
     if transparent:
         note("transparency is left out: colours are taken as they are under it")
     return image
@@ -77,12 +73,12 @@ def read_image(path):
 
 def find_images(places):
     """The image files at `places`: files, and folders, whose images come sorted by name (see `images_in`).
-    A file that is found again, as by a link, is left out with a note. DataError for what is missing."""
+    A file that is found again, as by a link, is left out with a note. InputError for what is missing."""
     found, again = {}, 0
     for place in map(Path, places):
         for path in images_in(place) if place.is_dir() else [place]:
             if not path.exists():
-                raise DataError(f"{path} does not exist, or is a link to a file that does not exist")
+                raise InputError(f"{path} does not exist, or is a link to a file that does not exist")
             again += found.setdefault(path.resolve(), path) != path
     if again:
         note(f"{again} pictures of {places[0]} are left out, as they are links to others")
@@ -91,22 +87,18 @@ def find_images(places):
 
 def images_in(folder):
     """The image files in a folder, sorted by name. Hidden files are passed over.
-    A note tells of other files and of folders. DataError if there are no images."""
-    images, others = [], []
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in EXTENSIONS and not path.is_dir() and path.name[0] != ".":
-            images.append(path)
-        elif path.name[0] != ".":
-            others.append(path.name)
+    A note tells of other files and of folders. InputError if there are no images."""
+    visible = {path for path in folder.iterdir() if path.name[0] != "."}
+    images = {path for path in visible if path.suffix.lower() in EXTENSIONS and not path.is_dir()}
     if not images:
-        raise DataError(f"{folder} has no images in it (folders inside it are not searched)")
-    if others:
-        note(f"{len(others)} other files and folders in {folder} are left out, such as {others[0]}")
-    return images
+        raise InputError(f"{folder} has no images in it (folders inside it are not searched)")
+    if others := visible - images:
+        note(f"{len(others)} other files and folders in {folder} are left out, such as {min(others).name}")
+    return sorted(images)
 
 
 def find_hr(places):
-    """`find_images` for HR. DataError where a folder has a picture twice: as a_HR and a_LR, or as a and a_x4.
+    """`find_images` for HR. InputError where a folder has a picture twice: as a_HR and a_LR, or as a and a_x4.
     tile_x1 beside tile_x2, and fox1 beside fox3, are two pictures."""
     kind, size = "[_-](HR|LR|LRBI|SR|GT)(x?[2348])?", "[_-]?x[2348]"
     images, names, found = find_images(places), {}, {}
@@ -116,7 +108,7 @@ def find_hr(places):
         name = names[path]
         for key in (name, re.sub(f"(?<=.){size}$", "", name)):
             if twin := found.get((path.parent, key)):
-                raise DataError(f"{twin} and {path} look like one picture twice, such as HR and LR: keep HR "
+                raise InputError(f"{twin} and {path} look like one picture twice, such as HR and LR: keep HR "
                                 "in a folder of its own")
         found[path.parent, name] = path
     return images
@@ -141,7 +133,7 @@ def read_pair(path, scale, least=1, cache=None):
     """(lr, hr) of an HR file: hr is cropped at the bottom and right to multiples of s, lr is hr resized.
     cache: a folder for both as .npy files, which are mapped, as a set may be larger than memory. Their name
     is a hash of the picture's path, size and times, and of s. Damaged ones are made anew. None: no files.
-    DataError where a side of lr has less than `least` pixels. OSError where the disk is full."""
+    InputError where a side of lr has less than `least` pixels. OSError where the disk is full."""
     files = []
     if cache:
         about = path.stat()
@@ -159,16 +151,16 @@ def read_pair(path, scale, least=1, cache=None):
             file.parent.mkdir(parents=True, exist_ok=True)
             content = io.BytesIO()
             np.save(content, image)
-            models.replace_file(file, content.getvalue())
+            replace_file(file, content.getvalue())
     h, w = lr.shape[:2]
     if min(h, w) < least:
-        raise DataError(f"{path} is too small: its LR is {w}x{h}, and {least}x{least} or more is needed")
+        raise InputError(f"{path} is too small: its LR is {w}x{h}, and {least}x{least} or more is needed")
     return lr, hr
 
 
 def read_all(paths, scale, least=1):
     """[(path, lr, hr)] by `read_pair`, to be scored. A picture of one colour is left out with a note: its
-    PSNR, far above others' or infinite, would decide a mean. DataError where no other is there."""
+    PSNR, far above others' or infinite, would decide a mean. InputError where no other is there."""
     pictures = []
     for path, (lr, hr) in zip(paths, for_each(paths, lambda path: read_pair(path, scale, least))):
         if (hr == hr[0, 0]).all():
@@ -176,26 +168,28 @@ def read_all(paths, scale, least=1):
         else:
             pictures.append((path, lr, hr))
     if paths and not pictures:
-        raise DataError(f"{paths[0]} is of one colour: name other pictures (train.py: --val)")
+        raise InputError(f"{paths[0]} is of one colour: name other pictures (train.py: --val)")
     return pictures
 
 
 def for_each(paths, function):
-    """[function(path)], four at a time. One DataError names all pictures that cannot be used."""
-    found, errors, tasks = [], [], []
-    bar = tqdm(tasks, "reading", len(paths), delay=2, leave=False, ncols=80)  # whole before a thread has a note
-    with ThreadPoolExecutor(4) as pool:
-        tasks += [pool.submit(function, path) for path in paths]
+    """[function(path)], four at a time. One InputError names all pictures that cannot be used."""
+    def result_or_error(path):
         try:
-            for task in bar:
-                try:
-                    found.append(task.result())
-                except DataError as e:
-                    errors.append(str(e))
+            return function(path)
+        except InputError as e:
+            return e
+    found = []
+    bar = tqdm(desc="reading", total=len(paths), delay=2, leave=False, ncols=80)  # before a thread has a note
+    with bar, ThreadPoolExecutor(4) as pool:
+        try:
+            for result in pool.map(result_or_error, paths):
+                found.append(result)
+                bar.update()
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C, or where the disk is full
-    if errors:
-        raise DataError("; ".join(errors))
+    if errors := [str(result) for result in found if isinstance(result, InputError)]:
+        raise InputError("; ".join(errors))
     return found
 
 
@@ -211,7 +205,7 @@ class Patches:
     each of the eight ways to turn or mirror it. Each of `world` processes draws all, and gets its part."""
 
     def __init__(self, paths, patch, scale, batch, seed, cache, device="cpu", rank=0, world=1):
-        """paths: of HR. patch: p. cache: the folder of decoded pictures. DataError as of `read_all`."""
+        """paths: of HR. patch: p. cache: the folder of decoded pictures. InputError as of `read_all`."""
         self.paths, self.patch, self.scale, self.batch, self.seed = paths, patch, scale, batch, seed
         self.device = torch.device(device)
         self.part = range(rank * batch // world, (rank + 1) * batch // world)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import data
 import models
+from models import InputError
 
 TILE = 256  # LR pixels a side of a tile's core, where a large picture is computed in tiles
 progress = functools.partial(tqdm, delay=1, leave=False, ncols=80)  # a bar, in what takes over a second
@@ -59,8 +60,7 @@ def ssim_y(sr, hr, border):
 
 def published_bicubic(path, hr, scale):
     """The luma planes (sr, hr) that published bicubic figures compare: rounded luma alone is resized, and its
-    LR is not rounded. A file of one channel keeps its values, which are not put on 16–235.
-    (Networks read RGB. Bicubic of a rounded RGB picture, as by `resizer`, scores slightly higher.)"""
+    LR is not rounded. A file of one channel keeps its values, which are not put on 16–235."""
     with Image.open(path) as file:
         grey = file.mode in ("1", "L", "LA")
     y = hr[..., 0].astype(np.float64) if grey else np.floor(luma(hr) + 0.5)
@@ -96,8 +96,8 @@ def upscale(model, x, tile=0):
 
 
 def tiles_along(n, tile, model):
-    """Yields (start, end, weights) of each tile along n LR pixels. A tile is a core with margins around it.
-    weights (s·(end−start),) of its HR pixels: 1 inside the core, 0 outside. Where tiles fade, it falls from
+    """Yields (start, end, weights) of each tile along n LR pixels: a core with margins around it.
+    weights (s·(end−start),) of its HR pixels: 1 inside the core, 0 outside. Where tiles fade, they fall from
     1 to 0 within `fade` LR pixels on both sides of the core's edge. At a pixel, all tiles' sum to 1."""
     margin, s = min(model.receptive_radius or 32, 96), model.scale
     fade = 0 if margin == model.receptive_radius else 16  # LR pixels on each side of a line between cores
@@ -227,9 +227,8 @@ def write_figure(target, upscalers, lr, hr, scale):
 
 def upscale_files(upscaler, source, out, scale):
     """Upscales a picture into a file or a folder, or a folder's pictures into a folder. What exists is kept.
-    In the folder of the pictures, NAME_xS beside NAME is a result, and is passed over. An ICC profile is
-    kept, unless it describes CMYK, say, which has become RGB. A picture that cannot be used does not stop the
-    others: the DataError at the end names all of them."""
+    In the folder of the pictures, NAME_xS beside NAME is a result, and is passed over. The ICC profile of an
+    RGB picture is kept. One InputError at the end names all pictures that cannot be used."""
     out, paths = Path(out), data.find_images([source])
     if out.is_dir() and out.samefile(source):
         results = {f"{path.stem}_x{s}" for path in paths for s in models.SCALES}
@@ -241,7 +240,7 @@ def upscale_files(upscaler, source, out, scale):
     if out.suffix and not out.is_dir() and Path(source).is_file():
         jobs = {out: paths[0]}
     if len(jobs) < len(paths):
-        raise data.DataError(f"{source} holds two pictures of the same name that differ in their endings")
+        raise InputError(f"{source} holds two pictures of the same name that differ in their endings")
     for target in [*jobs]:
         if os.path.exists(target):  # also False where the name is too long
             print(f"{target} exists already and is kept")
@@ -255,25 +254,25 @@ def upscale_files(upscaler, source, out, scale):
             encoded(target, np.zeros((1, scale * max(picture.shape), 3), np.uint8))  # fails before long work
             target.parent.mkdir(parents=True, exist_ok=True)
             write_picture(target, upscaler(picture), profile if profile[16:20] == b"RGB " else None)
-        except data.DataError as e:
+        except InputError as e:
             errors.append(str(e))
         except OSError as e:  # a name that is too long, a full disk
             errors.append(f"{target} cannot be written: {e.strerror}")
     if errors:
-        raise data.DataError("; ".join(errors))
+        raise InputError("; ".join(errors))
 
 
 def encoded(path, image, profile=None):
     """uint8 (H,W,3) as bytes in the format of the path's ending, at quality 95 where it is lossy, with an ICC
-    profile where it takes one. DataError where the format cannot hold the picture."""
+    profile where it takes one. InputError where the format cannot hold the picture."""
     ending = Path(path).suffix.lower()
     if ending not in data.EXTENSIONS:
-        raise data.DataError(f"{path} cannot be written: its ending names no known format. Name a .png")
+        raise InputError(f"{path} cannot be written: its ending names no known format. Name a .png")
     try:
         return iio.imwrite("<bytes>", image, plugin="pillow", extension=ending, quality=95,
                            icc_profile=profile)
     except Exception as e:  # Pillow's writers raise a dozen kinds
-        raise data.DataError(f"{path} cannot be written ({e}). A .png holds any picture") from None
+        raise InputError(f"{path} cannot be written ({e}). A .png holds any picture") from None
 
 
 def write_picture(path, image, profile=None):
@@ -330,11 +329,11 @@ def main(argv):
             network = models.load(name).to(device, memory_format=torch.channels_last)
             scale = scale or network.scale
             if network.scale != scale:
-                raise data.DataError(f"{name} is a x{network.scale} network, but x{scale} is wanted")
+                raise InputError(f"{name} is a x{network.scale} network, but x{scale} is wanted")
             networks[name] = network
             upscalers[name] = network_upscaler(network, options.tile, options.self_ensemble)
         if not scale:
-            raise data.DataError("no checkpoint tells the scale: give --scale")
+            raise InputError("no checkpoint tells the scale: give --scale")
         upscalers["bicubic"] = bicubic_upscaler(scale)
         settings = dict(scale=scale, precision=options.precision, self_ensemble=options.self_ensemble)
         about = provenance(shlex.join(["python", "evaluate.py", *argv]), device) | settings
@@ -395,23 +394,23 @@ def between(low, high, kind=float):
 
 def pick_device(name=""):
     """The device of that name, with its number. Without a name a GPU, or the CPU where there is none. "cuda"
-    is the process's own GPU under torchrun. DataError if it cannot be used."""
+    is the process's own GPU under torchrun. InputError if it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
     try:
         torch.zeros(1, device=name).item()  # this fails for "meta", which holds no values
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise data.DataError(f"--device {name} is not usable here: {str(e).splitlines()[0]}") from None
+        raise InputError(f"--device {name} is not usable here: {str(e).splitlines()[0]}") from None
     torch.backends.cudnn.allow_tf32 = False  # on by default: convolutions of float32 would be rounded
     return torch.device(name)
 
 
 @contextlib.contextmanager
-def command_line(*kinds):
-    """What a program's main() runs in. Errors that users can cause, and those of `kinds`, end the program
-    with one line and exit code 2. A letter that the terminal's encoding lacks becomes a question mark. Where
-    a stream is closed, what is printed is lost. Where stdout's pipe is closed, the program ends quietly."""
+def command_line():
+    """What a program's main() runs in. Errors that users can cause end it with one line and exit code 2.
+    A letter that the terminal's encoding lacks becomes a question mark. Where a stream is closed, what is
+    printed is lost. Where stdout's pipe is closed, the program ends quietly."""
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
@@ -425,7 +424,7 @@ def command_line(*kinds):
         except BrokenPipeError:
             forget(sys.stdout)
             return
-        except (data.DataError, models.CheckpointError, *kinds) as e:
+        except InputError as e:
             message = str(e)
         except OSError as e:
             message = f"{e.filename or 'a file'} cannot be read or written: {e.strerror or e}"

@@ -3,7 +3,7 @@
 Every network maps (N,3,h,w) to (N,3,s·h,s·w), RGB floats in [0,1], and carries
     .scale             the factor s
     .config            the constructor's arguments plus "arch", enough to build it again
-    .taps              the names of four submodules whose outputs (N,c,h,w) feature losses compare
+    .taps              four submodules whose outputs (N,c,h,w) feature losses compare
     .receptive_radius  an output pixel depends on no LR pixel farther away (None: no useful bound)
 
     EDSR   Lim et al., Enhanced Deep Residual Networks for Single Image Super-Resolution, CVPRW 2017
@@ -36,8 +36,8 @@ NUMPY_NUMBERS = [
     *[(np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]]
 
 
-class CheckpointError(ValueError):
-    """A model name or a checkpoint file that cannot be used. The message is one line."""
+class InputError(ValueError):
+    """What a user gave cannot be used. The message is one line: what is wrong, where, and what to do."""
 
 
 def conv3x3(c_in, c_out):
@@ -77,7 +77,7 @@ class SRNetwork(nn.Module):
     def __init__(self, arch, scale, mean, img_range, **sizes):
         super().__init__()
         if scale not in SCALES:
-            raise CheckpointError(f"scale {scale} is not one of {', '.join(map(str, SCALES))}")
+            raise InputError(f"scale {scale} is not one of {', '.join(map(str, SCALES))}")
         self.config = dict(arch=arch, scale=scale, **sizes, mean=list(mean), img_range=img_range)
         self.scale, self.img_range = scale, float(img_range)
         self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1), persistent=False)
@@ -90,7 +90,7 @@ class SRNetwork(nn.Module):
         self.upsample = upsampler(channels, self.scale)
         self.conv_last = conv3x3(channels, 3)
         n = len(self.body)
-        self.taps = ["conv_first", f"body.{n // 3}", f"body.{2 * n // 3}", "conv_after_body"]
+        self.taps = [self.conv_first, self.body[n // 3], self.body[2 * n // 3], self.conv_after_body]
 
     def forward(self, x):
         x = self.conv_first((x - self.mean) * self.img_range)
@@ -270,7 +270,7 @@ class SwinIR(SRNetwork):
         super().__init__("swinir", scale, mean, img_range, channels=channels, stages=stages, layers=layers,
                          heads=heads, window=window, mlp_ratio=mlp_ratio, drop_path=drop_path, head=head)
         if channels % heads:
-            raise CheckpointError(f"SwinIR's channels ({channels}) must be a multiple of its {heads} heads")
+            raise InputError(f"SwinIR's channels ({channels}) must be a multiple of its {heads} heads")
         self.window, self.direct = window, head == "pixelshuffledirect"
         rates = torch.linspace(0, drop_path, stages * layers)  # deeper layers drop more often
         self.register_buffer("drop_rates", rates.view(stages, layers, 1, 1, 1, 1, 1), persistent=False)
@@ -291,7 +291,8 @@ class SwinIR(SRNetwork):
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
                 nn.init.zeros_(m.bias)
-        self.taps = ["conv_first", *[f"layers.{i * stages // 3}.conv" for i in (1, 2)], "conv_after_body"]
+        third, two_thirds = self.layers[stages // 3], self.layers[2 * stages // 3]
+        self.taps = [self.conv_first, third.conv, two_thirds.conv, self.conv_after_body]
 
     def forward(self, x):
         h, w = x.shape[-2:]
@@ -341,7 +342,7 @@ NAMES_HELP = ("edsr, edsr_baseline, rcan, swinir, or any size: edsr_c64b32 (chan
 
 
 def config_of(name, scale):
-    """The config of a model name (NAMES_HELP). CheckpointError for an unknown one."""
+    """The config of a model name (NAMES_HELP). InputError for an unknown one."""
     spelled = PRESETS.get(name, name)
     number = "([1-9][0-9]*)"
     if found := re.fullmatch(f"edsr_c{number}b{number}", spelled):
@@ -353,9 +354,9 @@ def config_of(name, scale):
     if found := re.fullmatch(f"swinir_c{number}s{number}", spelled):
         channels, layers = map(int, found.groups())
         if layers % 6:
-            raise CheckpointError(f"model '{name}': the Swin layers must be a multiple of six, a stage's")
+            raise InputError(f"model '{name}': the Swin layers must be a multiple of six, a stage's")
         return dict(arch="swinir", scale=scale, channels=channels, stages=layers // 6)
-    raise CheckpointError(f"unknown model '{name}'; known: {NAMES_HELP}")
+    raise InputError(f"unknown model '{name}'; known: {NAMES_HELP}")
 
 
 def from_config(config):
@@ -364,7 +365,7 @@ def from_config(config):
 
 
 def build(name, scale):
-    """A freshly initialised network by name (NAMES_HELP) for ×scale. CheckpointError where there is none."""
+    """A freshly initialised network by name (NAMES_HELP) for ×scale. InputError where there is none."""
     return from_config(config_of(name, scale))
 
 
@@ -372,7 +373,7 @@ def small(teacher):
     """The config of "small": the paper's student or, if that is no smaller, the teacher at half width."""
     config = teacher.config
     if config["arch"] not in PAPER_STUDENTS:
-        raise CheckpointError(f"'small' is not defined for a teacher of {config['arch']}. Name a student.")
+        raise InputError(f"'small' is not defined for a teacher of {config['arch']}. Name a student.")
     paper = config_of(PAPER_STUDENTS[config["arch"]], teacher.scale)
     with torch.device("meta"):
         if parameters(from_config(paper)) < parameters(teacher):
@@ -415,11 +416,11 @@ def as_bytes(content):
     return buffer.getvalue()
 
 
-def save(path, model, raw=None):
+def save(path, model, params=None):
     """Writes {"params_ema", "params", "config"}, which BasicSR reads as well, and SwinIR's authors' code.
-    "params_ema" are the weights of `model`. "params" are the same, or those of the state dict `raw`."""
+    "params_ema" are the weights of `model`. "params" are the same, or the state dict `params`."""
     averaged = model.state_dict()
-    content = dict(params_ema=averaged, params=raw or averaged, config=model.config)
+    content = dict(params_ema=averaged, params=params or averaged, config=model.config)
     constants = model.authors_buffers() if isinstance(model, SwinIR) else {}
     for key in ("params_ema", "params"):
         content[key] = {name: v.cpu().contiguous() for name, v in (content[key] | constants).items()}
@@ -427,7 +428,7 @@ def save(path, model, raw=None):
 
 
 def read_file(path):
-    """The object in a checkpoint file, on the CPU. No code in it is run. CheckpointError for other files."""
+    """The object in a checkpoint file, on the CPU. No code in it is run. InputError for other files."""
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -435,20 +436,20 @@ def read_file(path):
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
-        raise CheckpointError(f"{path} needs the package safetensors: pip install safetensors") from None
+        raise InputError(f"{path} needs the package safetensors: pip install safetensors") from None
     except (FileNotFoundError, IsADirectoryError, PermissionError) as e:
-        raise CheckpointError(f"{path} cannot be read: {e.strerror}") from None
+        raise InputError(f"{path} cannot be read: {e.strerror}") from None
     except Exception as e:  # torch and safetensors raise many kinds for damage
         if code := re.search(r"GLOBAL ([\w.]+)", str(e)):
-            raise CheckpointError(f"{path} wants to run code ({code[1]}) and is refused. Save the "
+            raise InputError(f"{path} wants to run code ({code[1]}) and is refused. Save the "
                                   "weights alone: torch.save(network.state_dict(), file)") from None
-        raise CheckpointError(f"{path} is no checkpoint, or is empty, truncated or damaged") from None
+        raise InputError(f"{path} is no checkpoint, or is empty, truncated or damaged") from None
 
 
 def unwrap(content, path):
     """(weights, config): the tensors in a file's content by name, and the config that `save` wrote, or {}."""
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no state dict but a {type(content).__name__}")
+        raise InputError(f"{path} holds no state dict but a {type(content).__name__}")
     config = content.get("config")  # other codes store settings of their own under this name
     ours = [{"arch", *inspect.signature(network).parameters} for network in ARCHITECTURES.values()]
     if not isinstance(config, dict) or config.keys() not in ours:
@@ -460,7 +461,7 @@ def unwrap(content, path):
     weights = {str(name): v for name, v in content.items()
                if torch.is_tensor(v) and not str(name).endswith(counters)}
     if not weights:
-        raise CheckpointError(f"{path} holds no weights. Its first entries are {list(content)[:3]}")
+        raise InputError(f"{path} holds no weights. Its first entries are {list(content)[:3]}")
     return weights, config
 
 
@@ -561,7 +562,7 @@ class Foreign(nn.Module):
 
 def from_spandrel(weights, path):
     """The network of the package spandrel that the weights fit, or a text that says why there is none.
-    CheckpointError for a network of a wrong kind."""
+    InputError for a network of a wrong kind."""
     try:
         from spandrel import ModelLoader
     except Exception as e:  # torchvision of another build than torch's raises what it likes
@@ -577,7 +578,7 @@ def from_spandrel(weights, path):
         channels = (found.input_channels, found.output_channels)
         if found.purpose != "SR" or found.scale not in SCALES or channels != (3, 3):
             kind = f"{found.purpose} x{found.scale} from {channels[0]} to {channels[1]} channels"
-            raise CheckpointError(f"{path} is {found.architecture.name}, for {kind}. A network for "
+            raise InputError(f"{path} is {found.architecture.name}, for {kind}. A network for "
                                   "super-resolution of RGB x2, x3, x4 or x8 is needed")
         return Foreign(found).float()
     return "The package spandrel does not know it either"
@@ -585,7 +586,7 @@ def from_spandrel(weights, path):
 
 def load(path, **override):
     """The network in a file of this project, of EDSR's, RCAN's or SwinIR's authors, or of BasicSR, also as
-    .safetensors. It is in eval mode, float32, on the CPU. CheckpointError if the file fits none, or if a
+    .safetensors. It is in eval mode, float32, on the CPU. InputError if the file fits none, or if a
     weight is NaN or infinite.
     Names and shapes tell the sizes. res_scale, mean and img_range are the file's, else the published ones.
     load(path, res_scale=1.0) overrides them."""
@@ -598,7 +599,7 @@ def load(path, **override):
         network = "" if override else from_spandrel(weights, path)
         if isinstance(network, str):
             reason = textwrap.shorten(f"{e} is missing" if isinstance(e, KeyError) else str(e), 300)
-            raise CheckpointError(f"{path} is no EDSR, RCAN or SwinIR: {reason}. {network}") from None
+            raise InputError(f"{path} is no EDSR, RCAN or SwinIR: {reason}. {network}") from None
     if not all(v.isfinite().all() for v in network.state_dict().values()):
-        raise CheckpointError(f"{path} has weights that are NaN or infinite")
+        raise InputError(f"{path} has weights that are NaN or infinite")
     return network.eval()

@@ -38,15 +38,12 @@ import dukd
 import evaluate
 import models
 from evaluate import FILE, between
+from models import InputError
 
 QUICK = dict(steps=1300, batch=2, patch=24, lr=1.4e-3, schedule="cosine")
-MAY_CHANGE = {"resume", "teacher", "data", "val", "cache", "device", "compile", "val_every"}  # at --resume
+MAY_CHANGE = {"resume", "teacher", "data", "val", "cache", "device", "compile", "val-every"}  # at --resume
 # How long torchrun's processes wait for each other: at the start; in training, while the first one scores.
 RENDEZVOUS, SCORING = datetime.timedelta(minutes=10), datetime.timedelta(hours=5)
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used. The message says which, why, and what to do."""
 
 
 WEIGHT, COUNT, SIZE = between(0, 1e6), between(1, 10**9, int), between(1, 10**4, int)
@@ -62,20 +59,18 @@ def run_folder(text):
 
 
 def parse(argv):
-    """The command line as argparse's namespace. A flag that is not typed has the default of the run to
-    --resume; else that of --quick, where it has one; else that of --method; else the built-in one."""
-    first = evaluate.Parser(add_help=False, allow_abbrev=False)
-    g = first.add_argument_group("what sets the defaults of the others")
-    g.add_argument("--method", choices=dukd.METHODS, default="dukd", help="weights of the loss, see below")
-    g.add_argument("--quick", action="store_true", help="minutes on a CPU: 1300 steps of two small patches")
-    g.add_argument("--resume", type=run_folder, metavar="DIR", default="", help="go on with this run")
-    chosen, _ = first.parse_known_args(argv)
-
+    """The command line as argparse's namespace. What is typed counts more than the run to --resume, which
+    counts more than --quick, then --method, then the built-in defaults."""
     methods = "the weights of each --method:"
     for name, weights in dukd.METHODS.items():
         methods += f"\n  {name:8} L = {equation(weights)}"
-    p = evaluate.Parser(description=__doc__, epilog=methods, parents=[first], allow_abbrev=False,
+    p = evaluate.Parser(description=__doc__, epilog=methods, add_help=False, allow_abbrev=False,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("what sets the defaults of the others")
+    g.add_argument("--method", choices=dukd.METHODS, default="dukd", help="weights of the loss, see below")
+    g.add_argument("--quick", action="store_true", help="minutes on a CPU: 1300 steps of two small patches")
+    g.add_argument("--resume", type=run_folder, metavar="DIR", default="", help="go on with this run")
+
     g = p.add_argument_group("networks and pictures")
     g.add_argument("--teacher", type=FILE, metavar="FILE", default="", help="the frozen f_T")
     g.add_argument("--student", default="small", help=f"f_S: small (the paper's), {models.NAMES_HELP}")
@@ -98,8 +93,7 @@ def parse(argv):
 
     g = p.add_argument_group("the loss: the weight λ of each term (0: off), and what the terms see")
     for term, formula in dukd.TERMS.items():
-        g.add_argument(f"--lambda-{term.replace('_', '-')}", type=WEIGHT, help=f"{formula} [%(default)s]",
-                       default=float(dukd.METHODS[chosen.method].get(term, 0)))
+        g.add_argument(f"--lambda-{term.replace('_', '-')}", type=WEIGHT, help=f"{formula} [%(default)s]")
     g.add_argument("--crops", type=SIZE, default=1, help="zoom-in crops of each HR patch [%(default)s]")
     g.add_argument("--p", type=between(0, 1), default=0.3, help="probability of each operation [%(default)s]")
     g.add_argument("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="operations of F [all]")
@@ -116,18 +110,21 @@ def parse(argv):
     g.add_argument("--val-every", metavar="STEPS", type=between(0, 10**9, int), default=0,
                    help="between validations [a tenth of the run, at most 5000]; also at step 100")
 
+    chosen, _ = p.parse_known_args(argv)  # with no --help yet, which shows the defaults that are set now
+    p.add_argument("-h", "--help", action="help", help="show this text")
+    for term in dukd.TERMS:
+        p.set_defaults(**{f"lambda_{term}": float(dukd.METHODS[chosen.method].get(term, 0))})
     if chosen.quick:
         p.set_defaults(**QUICK)
     if chosen.resume:
         saved = read_config(chosen.resume)["settings"]
-        if saved.keys() != vars(p.parse_args([])).keys():
-            raise ConfigError(f"{chosen.resume} is of another version of train.py: start a new run")
+        if saved.keys() != vars(chosen).keys():
+            raise InputError(f"{chosen.resume} is of another version of train.py: start a new run")
         p.set_defaults(**saved)
     args = p.parse_args(argv)
-    typed = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    if chosen.resume and typed - MAY_CHANGE:
-        name = min(typed - MAY_CHANGE).replace("_", "-")
-        p.error(f"--{name} is not for --resume, a run keeps its own: start anew with "
+    fixed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")} - MAY_CHANGE
+    if chosen.resume and fixed:
+        p.error(f"--{min(fixed)} is not for --resume, a run keeps its own: start anew with "
                 f"--init {chosen.resume}/student.pt")
     return args
 
@@ -168,18 +165,21 @@ def average_over_processes(tensors, world):
 
 def train(args, command="python train.py"):
     """One run, from settings to a student in its folder. Returns the Run, and the folder (None in all but the
-    first process of torchrun). ConfigError, DataError, CheckpointError or OSError where settings or files
-    cannot be used. SystemExit where a signal stopped it."""
+    first process of torchrun). InputError or OSError for settings or files that cannot be used. SystemExit
+    where a signal stopped it."""
     run = Run(args)
     pair = run.patches[run.step]
-    try_step(run, pair)  # what cannot work ends here, before a folder is made; its gradients are not used
+    try:  # a step whose gradients are not used: what cannot work ends here, before a folder is made
+        forward_backward(run, *pair)
+    except ValueError as e:  # dukd.losses says what does not fit
+        raise InputError(str(e)) from None
     step = fast_step(run, pair)
-    out, bicubic = None, math.nan
+    out, bicubic_psnr = None, math.nan
     if run.rank == 0:  # the first process speaks and writes for all
         out = Path(args.resume) if args.resume else new_folder(args, run.scale)
         write_config(run, out, command)
         begin_log(run, out)
-        bicubic = introduce(run, out)
+        bicubic_psnr = introduce(run, out)
 
     window, began = [], time.perf_counter()  # the terms of each step since the last row of the log
     rows = []  # of the log, to be written
@@ -195,7 +195,8 @@ def train(args, command="python train.py"):
             if run.world > 1:
                 gradients = [w.grad for w in run.parameters if w.grad is not None]
                 average_over_processes([window[-1], *gradients], run.world)
-            run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, args)
+            rate = learning_rate(run.step, args)
+            run.optimizer.param_groups[0]["lr"] = rate
             run.optimizer.step()
             decay = min(args.ema, (1 + run.step) / (10 + run.step))  # low at first: random weights fade
             with torch.no_grad():
@@ -213,18 +214,20 @@ def train(args, command="python train.py"):
             if run.rank == 0:
                 if validating:
                     run.psnr = run.score(evaluate.network_upscaler(run.ema), "student")
-                rows.append(run.row(means, validating, ms))
+                row = [f"{run.step}", f"{rate:.3g}", *[f"{mean:.8g}" for mean in means]]
+                row += [f"{run.psnr:.4f}" if validating else "", f"{ms:.2f}"]
+                rows.append(",".join(row) + "\n")
                 attempt(add_rows, out, rows)
                 if validating:
                     attempt(run.save, out, True)
                 psnr = "?" if math.isnan(run.psnr) else f"{run.psnr:.2f}"
-                bar.set_postfix_str(f"loss {means[-1]:.4f}, {psnr} dB (bicubic {bicubic:.2f})", False)
+                bar.set_postfix_str(f"loss {means[-1]:.4f}, {psnr} dB (bicubic {bicubic_psnr:.2f})", False)
             window, began = [], time.perf_counter()
         bar.close()
         if run.rank == 0:
             if run.saved != run.step:
                 run.save(out, run.step == args.steps)
-            finish(run, out, bicubic)
+            finish(run, out, bicubic_psnr)
             add_rows(out, rows)  # last: it fails where log.csv is still denied
     if run.world > 1:
         dist.destroy_process_group()
@@ -239,14 +242,18 @@ class Run:
 
     def __init__(self, args):
         self.args = args
-        self.device = set_up_device(args.device)
+        evaluate.keep_freed_memory()
+        self.device = evaluate.pick_device(args.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
         self.rank, self.world = join_processes(self.device)
         self.precision = choose_precision(args.precision, self.device)
         self.weights = {term: getattr(args, f"lambda_{term}") for term in dukd.TERMS}
 
         teacher = models.load(args.teacher).requires_grad_(False) if args.teacher else None
         self.scale = args.scale or (teacher.scale if teacher else 4)
-        check_settings(args, teacher, self.rank, self.world)
+        check_settings(args, self.weights, teacher, self.rank, self.world)
         train_paths, val_paths = choose_pictures(args)
         hashes = [hashlib.sha256(Path(args.teacher).read_bytes()).hexdigest()] if args.teacher else []
         self.identity = dict(pictures=[data.composed(path.name) for path in train_paths],
@@ -260,15 +267,13 @@ class Run:
             student = build_student(args, teacher, self.scale)
         self.patches = data.Patches(train_paths, args.patch, self.scale, args.batch, args.seed, args.cache,
                                     self.device, self.rank, self.world)
-        scored = val_paths if self.rank == 0 else []
-        self.held = data.read_all(scored, self.scale, least=8)  # [(path, lr, hr)]
+        if self.rank > 0:
+            val_paths = []  # the first process scores
+        self.held_out = data.read_all(val_paths, self.scale, least=8)  # [(path, lr, hr)]
 
         self.student = student.to(self.device, memory_format=torch.channels_last)
         self.teacher = teacher and teacher.to(self.device, memory_format=torch.channels_last)
-        self.taps = []  # pairs of modules
-        if teacher:
-            for mine, theirs in zip(student.taps, teacher.taps):
-                self.taps.append((student.get_submodule(mine), teacher.get_submodule(theirs)))
+        self.taps = [*zip(student.taps, teacher.taps)] if teacher else []
         self.ema = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.parameters, self.averaged = list(self.student.parameters()), list(self.ema.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, betas=(0.9, 0.99), fused=True)
@@ -295,10 +300,10 @@ class Run:
 
     def save(self, out, validated):
         """Writes student.pt, best.pt if these weights are validated and the best so far, then last.ckpt."""
-        raw = self.student.state_dict()
-        models.save(out / "student.pt", self.ema, raw)
+        weights = self.student.state_dict()
+        models.save(out / "student.pt", self.ema, weights)
         if validated and self.psnr > self.best:
-            models.save(out / "best.pt", self.ema, raw)
+            models.save(out / "best.pt", self.ema, weights)
             self.best = self.psnr
         models.replace_file(out / "last.ckpt", models.as_bytes(self.state()))
         self.saved = self.step
@@ -307,44 +312,26 @@ class Run:
     def score(self, upscaler, label):
         """An upscaler's mean PSNR on Y over the held-out pictures. In float32."""
         metrics = dict(psnr=evaluate.psnr_y)
-        return evaluate.score(upscaler, self.held, self.scale, f"held-out, {label}", metrics=metrics)["psnr"]
-
-    def row(self, means, validated, ms):
-        """A row of log.csv: the means of the terms since the last row, a new PSNR, ms a step."""
-        row = [str(self.step), f"{learning_rate(self.step - 1, self.args):.3g}"]
-        row += [f"{mean:.8g}" for mean in means]
-        row += [f"{self.psnr:.4f}" if validated else "", f"{ms:.2f}"]
-        return ",".join(row) + "\n"
+        return evaluate.score(upscaler, self.held_out, self.scale, f"held-out, {label}", metrics=metrics)["psnr"]
 
     def check_finite(self, loss):
-        """ConfigError where the loss or a weight is NaN or infinite. L1's gradient at a NaN is 0, so weights
+        """InputError where the loss or a weight is NaN or infinite. L1's gradient at a NaN is 0, so weights
         alone could look fine."""
         norm = torch.nn.utils.get_total_norm(self.parameters)
         if not (math.isfinite(loss) and norm.isfinite()):
-            raise ConfigError(f"the loss or the weights are not finite after step {self.step}. last.ckpt, if "
+            raise InputError(f"the loss or the weights are not finite after step {self.step}. last.ckpt, if "
                               "any, is older, and good. A lower --lr or --precision float32 may help")
 
 
-def set_up_device(name):
-    """The torch.device of a --device, ready for training."""
-    evaluate.keep_freed_memory()
-    device = evaluate.pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
-    return device
-
-
 def join_processes(device):
-    """(rank, world): which of torchrun's processes this is, and of how many. They join here. Only rank 0
-    prints to stdout."""
+    """(rank, world): which of torchrun's processes this is, and of how many. Only rank 0 prints to stdout."""
     if os.environ.get("WORLD_SIZE", "") in ("", "1"):
         return 0, 1
     try:
         store, rank, world = next(rendezvous("env://", timeout=RENDEZVOUS))
     except (RuntimeError, ValueError) as e:  # the environment lacks a variable; a process is missing
         reason = str(e).splitlines()[0]
-        raise ConfigError(f"WORLD_SIZE is set, but there is no group of processes ({reason}): start with "
+        raise InputError(f"WORLD_SIZE is set, but there is no group of processes ({reason}): start with "
                           "torchrun, or unset WORLD_SIZE for one process") from None
     backend = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
     dist.init_process_group(store=store, rank=rank, world_size=world, timeout=SCORING, **backend)
@@ -365,37 +352,37 @@ def choose_precision(name, device):
     return "bfloat16" if native else "float32"
 
 
-def check_settings(args, teacher, rank, world):
-    """ConfigError for settings that do not fit together. The first step checks the rest, see `try_step`."""
-    if not any(getattr(args, f"lambda_{term}") for term in dukd.TERMS):
-        raise ConfigError("every term of the loss is off: nothing to learn from")
+def check_settings(args, weights, teacher, rank, world):
+    """InputError for settings that do not fit together. The step that `train` tries shows the rest."""
+    if not any(weights.values()):
+        raise InputError("every term of the loss is off: nothing to learn from")
     if teacher is None and args.student == "small":
-        raise ConfigError("--student small needs a --teacher; or name a size")
+        raise InputError("--student small needs a --teacher; or name a size")
     if teacher and args.scale not in (0, teacher.scale):
-        raise ConfigError(f"{args.teacher} is for x{teacher.scale}, not x{args.scale}: leave --scale out")
-    if teacher and not teacher.taps and (args.lambda_fitnet or args.lambda_at or args.lambda_fakd):
-        raise ConfigError(f"a teacher of {teacher.config['arch']} has no feature maps here: fitnet, at and "
+        raise InputError(f"{args.teacher} is for x{teacher.scale}, not x{args.scale}: leave --scale out")
+    if teacher and not teacher.taps and (weights["fitnet"] or weights["at"] or weights["fakd"]):
+        raise InputError(f"a teacher of {teacher.config['arch']} has no feature maps here: fitnet, at and "
                           "fakd need EDSR, RCAN or SwinIR")
     if args.batch % world:
-        raise ConfigError(f"--batch {args.batch} cannot be shared by {world} processes")
+        raise InputError(f"--batch {args.batch} cannot be shared by {world} processes")
     empty = os.path.isdir(args.out) and not os.listdir(args.out)
     if rank == 0 and not args.resume and os.path.lexists(args.out) and not empty:
-        raise ConfigError(f"{args.out} is not empty: give another --out. A run there goes on with "
+        raise InputError(f"{args.out} is not empty: give another --out. A run there goes on with "
                           f"--resume {args.out}")
 
 
 def choose_pictures(args):
     """The paths of the training pictures, and of the held-out ones."""
-    images = data.find_hr(args.data or data.TRAIN)
-    held = data.find_hr(args.val or ([] if args.data else data.VAL))
-    if not held:
-        count = min(max(len(images) // 10, 1), 10)
-        held = images[::len(images) // count][:count]
-    held_files = {path.resolve() for path in held}
-    images = [path for path in images if path.resolve() not in held_files]
-    if not images:
-        raise ConfigError("no picture is left besides the held-out ones: name others with --val")
-    return images, held
+    train_paths = data.find_hr(args.data or data.TRAIN)
+    val_paths = data.find_hr(args.val or ([] if args.data else data.VAL))
+    if not val_paths:
+        count = min(max(len(train_paths) // 10, 1), 10)
+        val_paths = train_paths[::len(train_paths) // count][:count]
+    held_out = {path.resolve() for path in val_paths}
+    train_paths = [path for path in train_paths if path.resolve() not in held_out]
+    if not train_paths:
+        raise InputError("no picture is left besides the held-out ones: name others with --val")
+    return train_paths, val_paths
 
 
 def read_config(folder):
@@ -405,29 +392,29 @@ def read_config(folder):
         about["settings"].keys(), about["identity"].keys()  # they are there
         return about
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise ConfigError(f"--resume {folder}: no run is there, as its config.json is missing, damaged or of "
+        raise InputError(f"--resume {folder}: no run is there, as its config.json is missing, damaged or of "
                           "another version of train.py: start a new run in another folder") from None
 
 
 def read_checkpoint(folder, identity):
-    """What a resumed run goes on from: the state in last.ckpt, or None where no checkpoint was written yet.
-    ConfigError where pictures or teacher are not those of the run."""
+    """The state in last.ckpt of a run to resume, or None where none was written yet. InputError where
+    pictures or teacher are not those of the run."""
     saved, last = read_config(folder)["identity"], Path(folder, "last.ckpt")
     for name, now in identity.items():
         before = saved.get(name) or []
         if before != now:
             others = sorted({*before} ^ {*now}) or ["the order"]
-            raise ConfigError(f"{folder} is another run: {name} differs in {', '.join(others)[:99]}. For "
+            raise InputError(f"{folder} is another run: {name} differs in {', '.join(others)[:99]}. For "
                               "files that have moved, give --data, --val or --teacher anew")
     state = models.read_file(last) if last.exists() else None
     if state and "optimizer" not in state:
-        raise ConfigError(f"{last} is not the checkpoint of a run")
+        raise InputError(f"{last} is not the checkpoint of a run")
     return state
 
 
 def build_student(args, teacher, scale):
-    """The student by name. With --init it starts from a file: from every tensor that fits in name and shape,
-    and from its residual scale, mean and range, as tensors mean little without them."""
+    """The student by name. With --init it gets every tensor of a file that fits in name and shape, and the
+    file's residual scale, mean and range, as tensors mean little without them."""
     config = models.small(teacher) if args.student == "small" else models.config_of(args.student, scale)
     if not args.init:
         return models.from_config(config)
@@ -441,7 +428,7 @@ def build_student(args, teacher, scale):
     for name in own:
         if name not in fitting and not name.startswith("upsample"):
             theirs = list(found[name].shape) if name in found else "missing"
-            raise ConfigError(f"--init {args.init} does not fit the student: {name} is {theirs} there, and "
+            raise InputError(f"--init {args.init} does not fit the student: {name} is {theirs} there, and "
                               f"{list(own[name].shape)} here ({models.describe(given.config)})")
     student.load_state_dict(fitting, strict=False)
     print(f"init    {len(fitting)} of the student's {len(own)} tensors come from {args.init}, which has "
@@ -449,23 +436,15 @@ def build_student(args, teacher, scale):
     return student
 
 
-def try_step(run, pair):
-    """Tries a step. ConfigError for what does not fit."""
-    try:
-        forward_backward(run, *pair)
-    except ValueError as e:  # dukd.losses says what does not fit
-        raise ConfigError(str(e)) from None
-
-
 def new_folder(args, scale):
-    """The folder of a new run: --out, or the next free runs/METHOD_STUDENT_xS: _2, _3, … for further ones.
+    """Makes the folder of a new run: --out, or the next free one of runs/METHOD_STUDENT_xS, …_xS_2, …_xS_3.
     Of runs that start together, each gets its own."""
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         try:
             open(Path(args.out, "log.csv"), "x").close()
         except FileExistsError:
-            raise ConfigError(f"{args.out} was taken by another run meanwhile: give another --out") from None
+            raise InputError(f"{args.out} was taken by another run meanwhile: give another --out") from None
         return Path(args.out)
     name = f"runs/{args.method}_{args.student}_x{scale}"
     for number in itertools.count(1):
@@ -488,7 +467,7 @@ def write_config(run, out, command):
 
 
 def begin_log(run, out):
-    """Writes log.csv: its head, and of a resumed run the rows up to the checkpoint's step."""
+    """Writes log.csv: its head and, of a resumed run, the rows up to the checkpoint's step."""
     log = out / "log.csv"
     terms = [term for term, weight in run.weights.items() if weight]
     rows = [",".join(["step", "lr", *terms, "total", "val_psnr", "ms"]) + "\n"]
@@ -512,24 +491,25 @@ def introduce(run, out):
     args = run.args
     if args.resume:
         print(f"resumed after step {run.step} of {args.steps}")
-    print(f"data    {len(run.patches.paths)} pictures to train on, {len(run.held)} held out")
+    print(f"data    {len(run.patches.paths)} pictures to train on, {len(run.held_out)} held out")
     for role, net in (("teacher", run.teacher), ("student", run.student)):
         if net:
             print(f"{role} {models.describe(net.config)}: {models.parameters(net) / 1e6:.2f} M parameters")
-    bicubic, teacher = run.score(evaluate.bicubic_upscaler(run.scale), "bicubic"), ""
+    bicubic_psnr = run.score(evaluate.bicubic_upscaler(run.scale), "bicubic")
+    teacher = ""
     if run.teacher:
         psnr = run.score(evaluate.network_upscaler(run.teacher), "teacher")
         teacher = f", teacher {psnr:.2f} dB"
-        if psnr < bicubic:
+        if psnr < bicubic_psnr:
             data.note("the teacher is below bicubic: is it a GAN's, or of another mean or range?")
-    print(f"held-out PSNR: bicubic {bicubic:.2f} dB{teacher}")
+    print(f"held-out PSNR: bicubic {bicubic_psnr:.2f} dB{teacher}")
     print("loss    L =", equation(run.weights))
     print(f"run     {out}: {args.steps} steps of {args.batch} on {run.device} in {run.precision}")
-    return bicubic
+    return bicubic_psnr
 
 
 @torch.compiler.set_stance("force_eager")
-def finish(run, out, bicubic):
+def finish(run, out, bicubic_psnr):
     """The last lines: how good the student is and where, or how to go on."""
     if run.step < run.args.steps:
         folder = out.as_posix()
@@ -542,9 +522,9 @@ def finish(run, out, bicubic):
     if run.teacher:
         upscalers["teacher"] = evaluate.network_upscaler(run.teacher)
     upscalers["student"] = evaluate.network_upscaler(run.ema)
-    _, lr, hr = run.held[0]
+    _, lr, hr = run.held_out[0]
     evaluate.write_figure(out / "compare.png", upscalers, lr, hr, run.scale)
-    print(f"held-out PSNR: bicubic {bicubic:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
+    print(f"held-out PSNR: bicubic {bicubic_psnr:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
     print(f"in {out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
 
 
@@ -624,7 +604,7 @@ class Recorded:
     A call copies its pair, I_LR and I_HR, into the recorded one. Replays draw anew: the generator is seeded
     before each step. Gradients stay where they were recorded: a replay runs no Python, so no zero_grad.
     A teacher that reads values from the GPU cannot be recorded, and a failed recording spoils the process. So
-    the program starts anew without recording; where it cannot, there is a ConfigError."""
+    the program starts anew without recording; where it cannot, there is an InputError."""
 
     def __init__(self, step, pair):
         for _ in range(3):  # the libraries choose their algorithms
@@ -637,7 +617,7 @@ class Recorded:
         except RuntimeError:
             traceback.print_exc()  # the first error in it is the cause
             start_anew("--compile", "blocks")
-            raise ConfigError("the step cannot be recorded (see above): give --compile blocks") from None
+            raise InputError("the step cannot be recorded (see above): give --compile blocks") from None
         finally:
             gc.enable()
 
@@ -657,7 +637,7 @@ def start_anew(*words):
 
 
 def main(argv):
-    with evaluate.command_line(ConfigError):
+    with evaluate.command_line():
         with contextlib.redirect_stdout(evaluate.Lasting(sys.stdout)):
             train(parse(argv), command=shlex.join(["python", "train.py", *argv]))
 

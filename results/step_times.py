@@ -100,5 +100,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with evaluate.command_line(train.ConfigError):
+    with evaluate.command_line():
         main()

@@ -34,6 +34,7 @@ ROOT, RUNS = RESULTS.parent, Path("runs/study")
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402 (the project's)
 import evaluate  # noqa: E402
+import models  # noqa: E402
 
 FIXED = "--steps 600 --batch 4 --patch 48 --lr 5e-4 --schedule cosine"
 
@@ -124,13 +125,13 @@ def folder(arm, n, seed):
 def prepare(place):
     """Puts the held-out images and the reduced ones into RUNS. Returns the other small photographs."""
     if not (place / "train").is_dir() or not (place / "highres").is_dir():
-        raise data.DataError(f"{place} has no train/ or no highres/: --data names the folder that has them")
+        raise models.InputError(f"{place} has no train/ or no highres/: --data names the folder that has them")
     held_names = json.loads((RESULTS / "edsr_baseline.json").read_text())["training"]["held_out"]
     images = sorted((place / "train").iterdir())
     held = [path for path in images if path.stem in held_names]
     pool = [path for path in images if path not in held]
     if (len(held), len(pool)) != (16, ALL):
-        raise data.DataError(f"{place}/train has {len(held)} of 16 held-out images and {len(pool)} others")
+        raise models.InputError(f"{place}/train has {len(held)} of 16 held-out images and {len(pool)} others")
     copy(held, RUNS / "held")
     (RUNS / "reduced").mkdir(exist_ok=True)
     for path in sorted((place / "highres").iterdir()):
@@ -453,7 +454,7 @@ def plot():
     try:
         import matplotlib
     except ImportError:
-        raise data.DataError("--plot needs matplotlib: pip install matplotlib") from None
+        raise models.InputError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
@@ -514,7 +515,7 @@ def main():
         for name in map(os.path.expanduser, options.runs):
             found = [name] if os.path.exists(name) else sorted(glob.glob(name))
             if not found:
-                raise data.DataError(f"no folder is named {name}")
+                raise models.InputError(f"no folder is named {name}")
             folders += map(Path, found)
         print(*runs_table(folders), sep="\n")
     place = options.data.expanduser().resolve()

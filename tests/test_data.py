@@ -16,10 +16,11 @@ import torch
 from PIL import Image  # imageio brings it
 
 import data
+import models
 from samples import cut, noise, raises, save
 
 RGB = noise(6, 8, 3, seed=11)
-refused = functools.partial(raises, data.DataError)
+refused = functools.partial(raises, models.InputError)
 
 
 def cubic(d):

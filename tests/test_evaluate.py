@@ -298,7 +298,7 @@ def test_an_open_bar_is_cleared_before_an_error(capsys):
     with pytest.raises(SystemExit), evaluate.command_line():
         steps = iter(evaluate.tqdm(range(9), mininterval=0))
         next(steps)
-        raise data.DataError("what is wrong")
+        raise models.InputError("what is wrong")
     assert capsys.readouterr().err.endswith("\rerror: what is wrong\n")
 
 

@@ -43,7 +43,7 @@ def same(a, b, size=(2, 3, 9, 13), tolerance=1e-5):
 
 
 def refused(path, *words, **override):
-    raises(models.CheckpointError, lambda: models.load(path, **override), path, *words)
+    raises(models.InputError, lambda: models.load(path, **override), path, *words)
 
 
 def stored(tmp_path, content, name="net.pt", **options):
@@ -86,9 +86,9 @@ def test_any_size_of_input(kind, scale):
                                          ("swinir", ["layers.0.conv", "layers.1.conv"])])
 def test_taps_are_four_feature_maps_of_the_input_size(kind, names):
     net, shapes = make(kind), []
-    assert net.taps == ["conv_first", *names, "conv_after_body"]
+    assert net.taps == [net.get_submodule(name) for name in ("conv_first", *names, "conv_after_body")]
     for tap in net.taps:
-        net.get_submodule(tap).register_forward_hook(lambda module, x, y: shapes.append(tuple(y.shape)))
+        tap.register_forward_hook(lambda module, x, y: shapes.append(tuple(y.shape)))
     net(picture(2, 3, 8, 16))
     assert shapes == [(2, net.config["channels"], 8, 16)] * 4
 
@@ -167,7 +167,7 @@ def test_names(name, description):
     ("swinir_c20s6", 4, "(20) must be a multiple of its 6 heads"),
     ("edsr_c4b1", 5, "scale 5 is not one of 2, 3, 4, 8"), ("rcan_c4b1g1", None, "2, 3, 4, 8")])
 def test_names_that_are_refused(name, scale, message):
-    raises(models.CheckpointError, lambda: models.build(name, scale), message)
+    raises(models.InputError, lambda: models.build(name, scale), message)
 
 
 @pytest.mark.parametrize("teacher, student", [
@@ -210,7 +210,7 @@ def test_saved_files_have_the_published_names(tmp_path, name):
 def test_files_come_back(tmp_path, kind, scale):
     """With the settings in the file; bare, as other codes write it, shapes tell all but res_scale."""
     net, raw, path = make(kind, scale), make(kind, scale, seed=1), tmp_path / "net.pt"
-    models.save(path, net.train(), raw=raw.state_dict())
+    models.save(path, net.train(), params=raw.state_dict())
     again = models.load(path)
     assert again.config == net.config and not again.training
     same(again, net.eval())
@@ -362,7 +362,7 @@ def test_another_packages_network(tmp_path, monkeypatch):
     assert (net.scale, net.config["arch"], net.taps, net.receptive_radius) == (2, "X", [], None)
     assert list(net.children()) == [net.model]  # .to(device) reaches it
     F.mse_loss(picture(2, 3, 18, 10).requires_grad_(), net(x)).backward()  # it serves as a label
-    raises(models.CheckpointError, lambda: models.small(net), "X")
+    raises(models.InputError, lambda: models.small(net), "X")
     refused(path, res_scale=0.1)
     monkeypatch.setattr(Found, "input_channels", 1)
     refused(path, "from 1 to 3 channels")

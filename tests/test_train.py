@@ -113,8 +113,7 @@ def test_the_loop_is_adam_on_each_gradient_and_averages_the_weights(settings):
     other = train.Run(settings("other", **given))
     adam = torch.optim.Adam(other.parameters, betas=(0.9, 0.99))
     average = [w.detach().clone() for w in other.parameters]
-    taps = [(other.student.get_submodule(s), other.teacher.get_submodule(t))
-            for s, t in zip(other.student.taps, other.teacher.taps)]
+    taps = [*zip(other.student.taps, other.teacher.taps)]
     weights = dukd.METHODS["dukd"] | dict(rec=3, fitnet=0.5)
     log = rows(out)
     assert list(log[0]) == ["step", "lr", *weights, "total", "val_psnr", "ms"]
@@ -372,7 +371,7 @@ def test_an_empty_folder_is_used_by_one_run(settings, tmp_path):
     args = settings()
     (tmp_path / "run").mkdir()
     assert train.new_folder(args, 4) == tmp_path / "run"
-    with pytest.raises(train.ConfigError, match="taken by another run meanwhile"):
+    with pytest.raises(models.InputError, match="taken by another run meanwhile"):
         train.new_folder(args, 4)
 
 
@@ -386,7 +385,7 @@ def test_held_out_pictures_leave_the_data_however_they_are_spelled(place, monkey
 def test_a_loss_that_is_not_finite_ends_the_run(settings, monkeypatch, capsys):
     """A teacher of NaN: the gradient of L1 takes a NaN for 0, so the weights stay finite."""
     monkeypatch.setattr(models.EDSR, "picture", lambda net, y: y * float("nan" if not net.training else 1))
-    with pytest.raises(train.ConfigError, match="the loss or the weights are not finite after step 1"):
+    with pytest.raises(models.InputError, match="the loss or the weights are not finite after step 1"):
         train.train(settings())
 
 
@@ -508,7 +507,7 @@ def test_a_recording_that_fails_shows_its_cause_and_the_way_out(monkeypatch, cap
     def record(graph, stream):
         raise RuntimeError("operation not permitted when stream is capturing")
     without_cuda(monkeypatch, record)
-    with pytest.raises(train.ConfigError, match="give --compile blocks"):
+    with pytest.raises(models.InputError, match="give --compile blocks"):
         train.Recorded(torch.mul, (torch.zeros(2), torch.zeros(2)))
     assert "operation not permitted" in capsys.readouterr().err and train.gc.isenabled()
 
