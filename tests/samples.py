@@ -1,9 +1,12 @@
-"""What several tests share: pictures, whole and damaged, and how mistakes are refused."""
+"""What several tests share: pictures, whole and damaged, how mistakes are refused, what a step does."""
 import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image  # imageio brings it
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def noise(*shape, seed=0, high=256):
@@ -40,3 +43,17 @@ def error_lines(main, words, capture):
     lines = [line for line in lines if line.strip() and "%|" not in line]
     assert end.value.code == 2 and lines[-1].startswith("error: "), lines
     return lines
+
+
+class Watch(TorchDispatchMode):
+    """Keeps each operation of torch: its name, and the tensors that it takes and returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, result))
+        self.seen.append((str(function), [leaf for leaf in leaves if torch.is_tensor(leaf)]))
+        return result

@@ -27,12 +27,12 @@ def place(tmp_path_factory):
     (base / "damaged.pt").write_bytes((base / "x2.pt").read_bytes()[:-999])
     torch.save({"fc.weight": torch.zeros(2, 2)}, base / "other.pt")
     (base / "file.txt").write_text("text")
-    sizes = dict(small=(12, 12), other=(16, 17))
-    counts = dict(train=4, val=1, one=1, small=2, other=4, cut=2, empty=0, pair=1, twins=1)
+    counts = dict(train=4, val=1, one=1, small=0, cut=2, empty=0, pair=1, twins=1)
     for folder, count in counts.items():
         (base / folder).mkdir()
         for i in range(count):
-            save(noise(*sizes.get(folder, (32, 36)), 3, seed=i), base / folder / f"im{i}.png")
+            save(noise(32, 36, 3, seed=i), base / folder / f"im{i}.png")
+    save(noise(12, 12, 3), base / "small" / "im0.png")
     cut(base / "cut" / "im1.png", 0.6)
     save(noise(16, 18, 3), base / "pair" / "im0x2.png")
     save(noise(16, 18, 3), base / "twins" / "im0.bmp")
@@ -44,17 +44,7 @@ def place(tmp_path_factory):
     return base
 
 
-def refused(main, words, place, monkeypatch, capfd):
-    """The line with which a command in the folder `place` ends."""
-    snapshot = lambda: {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in place.rglob("*")}
-    monkeypatch.chdir(place)
-    before = snapshot()
-    lines = error_lines(main, words.split(), capfd)
-    assert len(lines) == 1 and snapshot() == before
-    return lines[0]
-
-
-@pytest.mark.parametrize("words, named", [
+RUN_MISTAKES = [  # what follows NEW, and what the line names
     *((f"--{name} {value}", f"--{name}") for name, value in [
         ("scale", 5), ("method", "dukdd"), ("ops", "hflip transpse"), ("steps", 0), ("steps", "many"),
         ("steps", "1e9"), ("batch", 0), ("crops", 0), ("val-every", -1), ("lr", "nan"), ("lr", 2), ("ema", 1),
@@ -84,25 +74,8 @@ def refused(main, words, place, monkeypatch, capfd):
     ("--out file.txt/new --data train --val val", "file.txt/new cannot be read or written: Not a directory"),
     ("--teacher= --data train --val val", "kd needs a teacher"),
     ("--teacher= --method scratch --student small", "--student small needs a --teacher"),
-    ("--resume nowhere", "--resume nowhere: no run is there")])
-def test_wrong_words_for_a_run(place, monkeypatch, capfd, words, named):
-    assert named in refused(train.main, f"{NEW} {words}", place, monkeypatch, capfd)
-
-
-def test_a_damaged_checkpoint_is_named(place, monkeypatch, capfd):
-    line = refused(train.main, "--resume broken --device cpu", place, monkeypatch, capfd)
-    assert "broken/last.ckpt is no checkpoint" in line
-
-
-def test_a_finished_run_may_be_resumed_and_stays_as_it_is(place, monkeypatch, capfd):
-    monkeypatch.chdir(place)
-    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
-    train.main(["--resume", "run"])
-    after = {path.name: path.read_bytes() for path in Path("run").iterdir()}
-    assert before == after and "resumed after step 1 of 1" in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("words, named", [
+    ("--resume nowhere", "--resume nowhere: no run is there")]
+EVALUATE_MISTAKES = [
     ("", "required: MODEL"), ("x2.pt", "--data"), ("nowhere.pt --data val", "nowhere.pt"),
     ("x2.pt x4.pt --data val", "x4.pt is a x4 network, but x2 is wanted"),
     ("bicubic --data val", "give --scale"), ("x2.pt --data val --scale 5", "--scale"),
@@ -120,9 +93,27 @@ def test_a_finished_run_may_be_resumed_and_stays_as_it_is(place, monkeypatch, ca
     ("x2.pt --input file.txt --output new.png", "file.txt is not a readable image"),
     ("x2.pt --input val/im0.png --output new.xyz", "new.xyz cannot be written: its ending names no known"),
     ("x2.pt --input val/im0.png --output file.txt/new", "file.txt/new/im0_x2.png cannot be written"),
-    ("x2.pt --input val --output file.txt", "file.txt")])
-def test_wrong_words_for_evaluate(place, monkeypatch, capfd, words, named):
-    assert named in refused(evaluate.main, words, place, monkeypatch, capfd)
+    ("x2.pt --input val --output file.txt", "file.txt")]
+
+
+@pytest.mark.parametrize("main, words, named", [
+    *((train.main, f"{NEW} {words}", named) for words, named in RUN_MISTAKES),
+    (train.main, "--resume broken --device cpu", "broken/last.ckpt is no checkpoint"),
+    *((evaluate.main, words, named) for words, named in EVALUATE_MISTAKES)])
+def test_a_mistake_is_one_line_and_changes_no_file(place, monkeypatch, capfd, main, words, named):
+    monkeypatch.chdir(place)
+    snapshot = lambda: {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in place.rglob("*")}
+    before = snapshot()
+    lines = error_lines(main, words.split(), capfd)
+    assert len(lines) == 1 and named in lines[0] and snapshot() == before
+
+
+def test_a_finished_run_may_be_resumed_and_stays_as_it_is(place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    train.main(["--resume", "run"])
+    after = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    assert before == after and "resumed after step 1 of 1" in capfd.readouterr().out
 
 
 def script(name, *words, **options):
@@ -161,19 +152,17 @@ def test_streams_may_be_closed(place, tmp_path, command, code, words):
     assert ("train.py" in command[2]) == (tmp_path / "run" / "compare.png").exists()
 
 
-@pytest.mark.parametrize("main, words, made", [
-    (evaluate.main, "~/x2.pt --input=~/val/im0.png --output=~/big.png", "big.png"),
-    (evaluate.main, "~/x2.pt --data ~/val --json=~/table.json --figure=~/f.png", "table.json"),
-    (train.main, f"{NEW} --teacher=~/x2.pt --data=~/train --val=~/val --cache=~/c --out=~/new_run",
-     "new_run"),
-    (train.main, "--resume=~/new_run --device cpu", "c")])
-def test_a_tilde_is_the_home_folder(place, tmp_path_factory, monkeypatch, main, words, made):
+def test_a_tilde_is_the_home_folder(place, tmp_path, monkeypatch):
     """The shell leaves it alone behind an equals sign."""
     monkeypatch.setenv("HOME", str(place))
     monkeypatch.setenv("USERPROFILE", str(place))  # Windows
-    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    main(words.split())
-    assert (place / made).exists() and not Path("~").exists()
+    monkeypatch.chdir(tmp_path)
+    evaluate.main("~/x2.pt --input=~/val/im0.png --output=~/big.png".split())
+    evaluate.main("~/x2.pt --data ~/val --json=~/table.json --figure=~/f.png".split())
+    train.main(f"{NEW} --teacher=~/x2.pt --data=~/train --val=~/val --cache=~/c --out=~/new_run".split())
+    train.main("--resume=~/new_run --device cpu".split())
+    assert all((place / made).exists() for made in ("big.png", "table.json", "f.png", "new_run", "c"))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp932", "ascii"])

@@ -201,22 +201,18 @@ def test_other_names_and_folders_are_other_pictures(tmp_path):
     assert len(data.find_hr([a, b])) == len(names) + 2
 
 
-def test_a_file_in_several_places_is_found_once_and_a_dangling_link_is_named(tmp_path, monkeypatch):
+def test_a_file_in_several_places_is_found_once_and_a_dangling_link_is_named(tmp_path, monkeypatch, capsys):
+    """Content stores make links to one file. They are counted in a note."""
     a, b = touch(tmp_path / "a", "1.png", "2.png"), touch(tmp_path / "b", "0.png")
     (b / "3.png").symlink_to(a / "2.png")
     monkeypatch.chdir(tmp_path)
     assert data.find_images([b / "0.png", a, "a", b, a / "1.png"]) == [b / "0.png", a / "1.png", a / "2.png"]
-    (a / "2.png").unlink()
-    refused(lambda: data.find_images([b]), f"{b / '3.png'} does not exist, or is a link")
-
-
-def test_links_to_one_file_are_counted_in_a_note(tmp_path, capsys):
-    """As content stores make them."""
-    a = touch(tmp_path / "a", "1.png", "2.png")
     for name in ("3.png", "4.png"):
         (a / name).symlink_to(a / "1.png")
     assert len(data.find_images([a])) == 2
     assert f"note: 2 pictures of {a} are left out, as they are links to others" in capsys.readouterr().err
+    (a / "2.png").unlink()
+    refused(lambda: data.find_images([b]), f"{b / '3.png'} does not exist, or is a link")
 
 
 def test_pictures_of_one_colour_are_not_scored(tmp_path, capsys):
@@ -247,14 +243,15 @@ def test_the_embedded_photographs():
     assert all(min(data.read_image(path).shape[:2]) >= 48 * 4 for path in train + held_out)
 
 
-@pytest.mark.parametrize("s, h, w", [(2, 6, 5), (3, 4, 3), (4, 3, 2)])
-def test_a_pair_is_cropped_at_the_bottom_and_right_and_its_lr_is_made(tmp_path, s, h, w):
-    image = noise(13, 10, 3)
+def test_a_pair_is_cropped_at_the_bottom_and_right_and_its_lr_is_made(tmp_path):
+    image, cache = noise(13, 10, 3), tmp_path / "new" / "cache"  # of all scales
     path = save(image, tmp_path / "a.png")
-    for cache in (None, tmp_path / "new" / "cache", tmp_path / "new" / "cache"):  # made, and found
-        lr, hr = data.read_pair(path, s, cache=cache)
-        assert np.array_equal(hr, image[:h * s, :w * s])
-        assert np.array_equal(lr, exact_imresize(image[:h * s, :w * s], Fraction(1, s)))
+    for s, h, w in [(2, 6, 5), (3, 4, 3), (4, 3, 2)]:
+        for folder in (None, cache, cache):  # made, and found
+            lr, hr = data.read_pair(path, s, cache=folder)
+            assert np.array_equal(hr, image[:h * s, :w * s])
+            assert np.array_equal(lr, exact_imresize(image[:h * s, :w * s], Fraction(1, s)))
+        assert not hr.flags.writeable  # it is mapped
 
 
 def test_small_pictures_are_named_all_at_once(tmp_path):
@@ -280,8 +277,8 @@ def files(tmp_path):
 
 @pytest.fixture
 def patches(files, tmp_path):
-    """The patches of the files at x2 by way of a cache."""
-    return lambda: data.Patches(files, 4, 2, 32, 0, tmp_path / "cache")
+    """The patches of the files at x2, by way of a cache or of none."""
+    return lambda cache=tmp_path / "cache": data.Patches(files, 4, 2, 32, 0, cache)
 
 
 def same_patches(one, other):
@@ -290,7 +287,7 @@ def same_patches(one, other):
 
 def test_pictures_are_decoded_once_and_mapped_when_they_are_drawn(tmp_path, files, patches, monkeypatch):
     """What is drawn is what decoding gives. Few files are open, however many pictures there are."""
-    expected = [data.Patches(files, 4, 2, 32, 0, None)[0]]
+    expected = [patches(None)[0]]
     maps = Path("/proc/self/maps")  # on Linux
     first = patches()
     if maps.exists():
@@ -301,10 +298,6 @@ def test_pictures_are_decoded_once_and_mapped_when_they_are_drawn(tmp_path, file
         context.delattr(data, "read_image")  # nothing can be decoded
         second = patches()
         assert same_patches(first, expected) and same_patches(second, expected)
-    for attempt in range(2):
-        lr, hr = data.read_pair(files[0], 4, cache=tmp_path / "cache")
-        assert [x.shape for x in (lr, hr)] == [(2, 3, 3), (8, 12, 3)]
-    assert not hr.flags.writeable
     assert first.read.cache_info().maxsize * 2 < 200  # macOS gives a process 256 file descriptors
 
 
@@ -322,9 +315,8 @@ def test_a_picture_that_was_replaced_is_decoded_anew(tmp_path, files):
 @pytest.mark.parametrize("damage", [
     lambda file: file.unlink(), lambda file: file.write_bytes(b""), lambda file: os.truncate(file, 140),
     lambda file: file.write_bytes(b"PK\3\4" + bytes(300)), lambda file: file.write_bytes(bytes(900))])
-def test_a_damaged_cache_is_made_anew_at_the_start_and_at_the_draw(tmp_path, files, patches, damage):
-    expected = data.Patches(files, 4, 2, 32, 0, None)
-    begun = patches()
+def test_a_damaged_cache_is_made_anew_at_the_start_and_at_the_draw(tmp_path, patches, damage):
+    expected, begun = patches(None), patches()
     for start in (patches, lambda: begun):
         for file in tmp_path.glob("cache/*"):
             damage(file)
@@ -345,7 +337,7 @@ def test_a_bad_image_or_a_full_disk_is_named_and_leaves_no_half_file(tmp_path, f
     assert len(list(tmp_path.glob("cache/*.npy"))) == len(list(tmp_path.glob("cache/*"))) == 20
 
 
-def test_processes_may_be_killed_while_they_write_or_decode_at_once(tmp_path, files, patches, monkeypatch):
+def test_processes_may_be_killed_while_they_write_or_decode_at_once(tmp_path, patches, monkeypatch):
     """No half-written file is taken for whole."""
     fork = multiprocessing.get_context("fork").Process
     with monkeypatch.context() as context:
@@ -360,7 +352,7 @@ def test_processes_may_be_killed_while_they_write_or_decode_at_once(tmp_path, fi
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert same_patches(patches(), data.Patches(files, 4, 2, 32, 0, None))
+    assert same_patches(patches(), patches(None))
 
 
 def test_a_folder_of_20_000_pictures_is_listed_at_once(tmp_path):

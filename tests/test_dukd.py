@@ -166,14 +166,11 @@ class Net(torch.nn.Module):
         return y
 
 
-def networks():
-    """A student, and a teacher that is not frozen; their modules to compare."""
+def setting(h=8, w=8):
+    """A student, and a teacher that is not frozen; their modules to compare; six training pairs."""
     student, teacher = Net(4, seed=1), Net(6, seed=2).eval()
-    return student, teacher, [(student.first, teacher.first), (student.second, teacher.second)]
-
-
-def pairs(n=6, h=8, w=8):
-    return uniform(n, 3, h, w), uniform(n, 3, 2 * h, 2 * w, seed=1)
+    taps = [(student.first, teacher.first), (student.second, teacher.second)]
+    return student, teacher, taps, uniform(6, 3, h, w), uniform(6, 3, 2 * h, 2 * w, seed=1)
 
 
 mae = nnf.l1_loss
@@ -182,25 +179,35 @@ LOSSES = {"fitnet": dukd.fitnet_loss, "at": dukd.at_loss, "fakd": dukd.fakd_loss
 
 
 @pytest.mark.parametrize("augment_zoom_out", (False, True))
-def test_terms_are_the_papers_equations(augment_zoom_out):
-    """Each term with forwards of its own. The draws are made again here, from the same generator."""
-    student, teacher, taps = networks()
-    lr, hr = pairs()
-    terms = dukd.losses(student, teacher, lr, hr, EVERY, crops=2, p=0.5, augment_zoom_out=augment_zoom_out,
-                        taps=taps, generator=seeded(3))
+def test_terms_are_the_papers_equations_and_methods_are_sums_of_them(augment_zoom_out):
+    """Each term with forwards of its own. The draws are made again here, from the same generator.
+    The weights are those of each method's paper or of its released option file."""
+    student, teacher, taps, lr, hr = setting()
+
+    def terms_of(weights):
+        return dukd.losses(student, teacher, lr, hr, weights, crops=2, p=0.5, taps=taps,
+                           augment_zoom_out=augment_zoom_out, generator=seeded(3))
     draw = seeded(3)
     z_in = zoom_in(hr.repeat_interleave(2, 0), 8, draw)
     F_in = InvertibleAugmentation.sample(12, p=0.5, generator=draw)
     z_out, F_out = zoom_out(lr, 2), InvertibleAugmentation.sample(6, p=0.5, generator=draw)
     s_out = F_out.invert(student(F_out.apply(z_out))) if augment_zoom_out else student(z_out)
+    rec, kd = mae(student(lr), hr), mae(student(lr), teacher(lr))
+    new_in = mae(F_in.invert(student(F_in.apply(z_in))), teacher(z_in))
+    new_out, out_rec = mae(s_out, teacher(z_out)), mae(s_out, lr)
     maps = [(student.first(lr), teacher.first(lr)), (student(lr)[..., ::2, ::2], teacher(lr)[..., ::2, ::2])]
-    expected = dict(rec=mae(student(lr), hr), kd=mae(student(lr), teacher(lr)),
-                    zoom_in=mae(F_in.invert(student(F_in.apply(z_in))), teacher(z_in)),
-                    zoom_out=mae(s_out, teacher(z_out)), zoom_out_rec=mae(s_out, lr),
-                    **{name: sum(distance(s, t) for s, t in maps) for name, distance in LOSSES.items()})
+    fitnet, at, fakd = (sum(distance(s, t) for s, t in maps) for distance in LOSSES.values())
+    expected = dict(rec=rec, kd=kd, zoom_in=new_in, zoom_out=new_out, zoom_out_rec=out_rec, fitnet=fitnet,
+                    at=at, fakd=fakd)
+    terms = terms_of(EVERY)
     assert [*terms] == [*expected] == [*dukd.TERMS]
     for name, value in expected.items():
         assert terms[name].item() == pytest.approx(value.item(), rel=1e-5), name
+    sums = dict(dukd=rec + kd + new_in + new_out + out_rec, zoom_in=rec + kd + new_in, kd=rec + kd,
+                scratch=rec, fitnet=rec + fitnet, at=rec + at, fakd=rec + kd + 10 * fakd)
+    for method, weights in dukd.METHODS.items():
+        total = sum(weights[name] * term for name, term in terms_of(weights).items())
+        assert total.item() == pytest.approx(sums[method].item(), rel=1e-5), method
 
 
 @pytest.mark.parametrize("on, asked", [  # asked: the inputs that the student and the teacher see
@@ -211,16 +218,13 @@ def test_terms_are_the_papers_equations(augment_zoom_out):
     ([*EVERY], ("lr in out", "lr in out"))])
 def test_what_has_no_weight_is_not_computed_and_the_teacher_gets_no_gradient(on, asked, monkeypatch):
     """Each term that is on gives the student gradient. The teacher sees z without F."""
-    student, teacher, taps = networks()
-    lr, hr = pairs()
+    student, teacher, taps, lr, hr = setting()
     weights = dict.fromkeys(dukd.TERMS, 0) | dict.fromkeys(on, 0.5)
     made = {"lr": lr, "in": zoom_in(hr, 8, seeded(3)), "out": zoom_out(lr, 2)}
-    if "in" not in asked[0]:
-        monkeypatch.setattr(dukd, "zoom_in", None)
-    if "out" not in asked[0]:
-        monkeypatch.setattr(dukd, "zoom_out", None)
-    teacher_or_none = teacher if asked[1] else None
-    terms = dukd.losses(student, teacher_or_none, lr, hr, weights, taps=taps, generator=seeded(3))
+    for name in {"in", "out"} - {*asked[0].split()}:
+        monkeypatch.setattr(dukd, f"zoom_{name}", None)
+    frozen = teacher if asked[1] else None
+    terms = dukd.losses(student, frozen, lr, hr, weights, taps=taps, generator=seeded(3))
     assert [*terms] == [term for term in dukd.TERMS if term in on]
     for term in terms.values():
         student.zero_grad()
@@ -236,9 +240,8 @@ def test_what_has_no_weight_is_not_computed_and_the_teacher_gets_no_gradient(on,
 
 
 def test_p_is_the_strength_of_f_and_other_patches_than_squares_are_not_transposed():
-    lr, hr = pairs(h=4, w=12)
     for p, ops in ((0, OPS), (1, OPS), (1, ("invert",))):
-        student, teacher, _ = networks()
+        student, teacher, _, lr, hr = setting(4, 12)
         dukd.losses(student, teacher, lr, hr, dict(zoom_in=1), p=p, ops=ops, generator=seeded())
         z, seen = teacher.given[0], student.given[0]
         expected = {0: z, 1: 1 - z.flip(-1, -2) if ops == OPS else 1 - z}[p]
@@ -246,8 +249,7 @@ def test_p_is_the_strength_of_f_and_other_patches_than_squares_are_not_transpose
 
 
 def test_the_generator_alone_decides_what_is_drawn():
-    student, teacher, taps = networks()
-    lr, hr = pairs()
+    student, teacher, taps, lr, hr = setting()
     before = torch.get_rng_state()
     first, again, other = (dukd.losses(student, teacher, lr, hr, EVERY, taps=taps, generator=seeded(s))
                            for s in (1, 1, 2))
@@ -256,8 +258,7 @@ def test_the_generator_alone_decides_what_is_drawn():
 
 
 def test_under_autocast_the_networks_alone_compute_in_bfloat16():
-    student, teacher, taps = networks()
-    lr, hr = pairs()
+    student, teacher, taps, lr, hr = setting()
     z, fakd = zoom_out(lr, 2), dukd.fakd_loss(lr, hr[..., ::2, ::2])
     precise = dukd.losses(student, teacher, lr, hr, EVERY, taps=taps, generator=seeded(1))
     with torch.autocast("cpu", torch.bfloat16):
@@ -268,8 +269,9 @@ def test_under_autocast_the_networks_alone_compute_in_bfloat16():
     assert rounded["rec"] != precise["rec"]
 
 
-def losses_with(**changes):
-    given = dict(student=Net(4), teacher=Net(6).eval(), lr=uniform(1, 3, 8, 8), hr=uniform(1, 3, 16, 16))
+def losses_of(weights, lr=(1, 3, 8, 8), hr=(1, 3, 16, 16), **changes):
+    """The losses of pictures of these shapes."""
+    given = dict(student=Net(4), teacher=Net(6).eval(), lr=uniform(*lr), hr=uniform(*hr), weights=weights)
     return dukd.losses(**given | changes)
 
 
@@ -283,57 +285,37 @@ def losses_with(**changes):
     ("2x9 does not fit into patches of 6x8", lambda: zoom_in(torch.zeros(2, 3, 6, 8), (2, 9))),
     ("multiple of the scale 2, not 9x8", lambda: zoom_out(torch.zeros(1, 3, 9, 8), 2)),
     ("multiple of the scale 4, not 8x9", lambda: zoom_out(torch.zeros(1, 3, 8, 9), 4)),
-    ("unknown term 'zoom'; known: rec, kd, zoom_in", lambda: losses_with(weights=dict(rec=1, zoom=1))),
-    ("kd needs a teacher", lambda: losses_with(weights=dict(rec=1, kd=1), teacher=None)),
-    ("fitnet needs a teacher", lambda: losses_with(weights=dict(fitnet=1), teacher=None)),
-    ("at needs taps", lambda: losses_with(weights=dict(at=1))),
-    ("unknown term 'zoom'", lambda: losses_with(weights=dict(rec=1, zoom=0))),
-    ("no pairs of one scale", lambda: losses_with(weights=dict(rec=1), hr=uniform(2, 3, 16, 16))),
-    ("no pairs of one scale", lambda: losses_with(weights=dict(zoom_out=1), hr=uniform(1, 3, 4, 4))),
-    ("no pairs of one scale", lambda: losses_with(weights=dict(rec=1), hr=uniform(1, 3, 16, 15))),
-    ("no pairs of one scale", lambda: losses_with(weights=dict(rec=1), lr=uniform(1, 1, 8, 8))),
-    ("scale 2, not 7x8", lambda: losses_with(weights=dict(zoom_out=1), lr=uniform(1, 3, 7, 8),
-                                             hr=uniform(1, 3, 14, 16))),
-    ("-1 zoom-in crops", lambda: losses_with(weights=dict(zoom_in=1), crops=-1)),
-    ("a tap is no module of its network", lambda: losses_with(
-        weights=dict(at=1), taps=[(torch.nn.Conv2d(3, 3, 1), torch.nn.Conv2d(3, 3, 1))])),
-    ("teacher is in training mode", lambda: losses_with(weights=dict(kd=1), teacher=Net(6))),
-    ("makes a tuple of", lambda: losses_with(weights=dict(kd=1), teacher=lambda x: (x,))),
-    (r"makes \(1, 3, 8, 8\) of .* x2 is", lambda: losses_with(weights=dict(kd=1), teacher=lambda x: x)),
-    (r"makes \(1, 1, 16, 16\) of", lambda: losses_with(
-        weights=dict(rec=1), student=lambda x: Net(4)(x)[:, :1]))])
+    ("unknown term 'zoom'; known: rec, kd, zoom_in", lambda: losses_of(dict(rec=1, zoom=1))),
+    ("unknown term 'zoom'", lambda: losses_of(dict(rec=1, zoom=0))),
+    ("kd needs a teacher", lambda: losses_of(dict(rec=1, kd=1), teacher=None)),
+    ("fitnet needs a teacher", lambda: losses_of(dict(fitnet=1), teacher=None)),
+    ("at needs taps", lambda: losses_of(dict(at=1))),
+    ("no pairs of one scale", lambda: losses_of(dict(rec=1), hr=(2, 3, 16, 16))),
+    ("no pairs of one scale", lambda: losses_of(dict(zoom_out=1), hr=(1, 3, 4, 4))),
+    ("no pairs of one scale", lambda: losses_of(dict(rec=1), hr=(1, 3, 16, 15))),
+    ("no pairs of one scale", lambda: losses_of(dict(rec=1), lr=(1, 1, 8, 8))),
+    ("scale 2, not 7x8", lambda: losses_of(dict(zoom_out=1), lr=(1, 3, 7, 8), hr=(1, 3, 14, 16))),
+    ("-1 zoom-in crops", lambda: losses_of(dict(zoom_in=1), crops=-1)),
+    ("a tap is no module of its network", lambda: losses_of(dict(at=1), taps=[(Net(3), Net(3))])),
+    ("teacher is in training mode", lambda: losses_of(dict(kd=1), teacher=Net(6))),
+    ("makes a tuple of", lambda: losses_of(dict(kd=1), teacher=lambda x: (x,))),
+    (r"makes \(1, 3, 8, 8\) of .* x2 is", lambda: losses_of(dict(kd=1), teacher=lambda x: x)),
+    (r"makes \(1, 1, 16, 16\) of", lambda: losses_of(dict(rec=1), student=lambda x: Net(4)(x)[:, :1]))])
 def test_mistakes_are_named(message, call):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 def test_feature_maps_of_different_size_are_named_and_no_hook_is_left():
-    student, teacher, _ = networks()
+    student, teacher, _, lr, hr = setting()
     teacher.first, teacher.second = torch.nn.Conv2d(3, 6, 3, padding=2), torch.nn.Conv2d(6, 3, 3)
     taps = [(student.first, teacher.first)]
     with pytest.raises(ValueError, match=r"8x8 \(student\) and 10x10 \(teacher\)"):
-        dukd.losses(student, teacher, *pairs(), dict(at=1), taps=taps)
+        dukd.losses(student, teacher, lr, hr, dict(at=1), taps=taps)
     student.second = None  # the forward fails
     with pytest.raises(TypeError):
-        dukd.losses(student, teacher, *pairs(), dict(at=1), taps=taps)
+        dukd.losses(student, teacher, lr, hr, dict(at=1), taps=taps)
     assert not any(module._forward_hooks for net in (student, teacher) for module in net.modules())
-
-
-def test_methods_are_sums_as_the_papers_say():
-    """Each of its terms, by hand, with the weight that its paper or its released option file gives it."""
-    student, teacher, taps = networks()
-    lr, hr = pairs()
-    z_in, z_out = zoom_in(hr, 8, seeded(3)), zoom_out(lr, 2)
-    rec, kd = mae(student(lr), hr), mae(student(lr), teacher(lr))
-    new_in, new_out = mae(student(z_in), teacher(z_in)), mae(student(z_out), teacher(z_out))
-    maps = [(student.first(lr), teacher.first(lr)), (student(lr)[..., ::2, ::2], teacher(lr)[..., ::2, ::2])]
-    fitnet, at, fakd = (sum(distance(s, t) for s, t in maps) for distance in LOSSES.values())
-    expected = dict(dukd=rec + kd + new_in + new_out + mae(student(z_out), lr), zoom_in=rec + kd + new_in,
-                    kd=rec + kd, scratch=rec, fitnet=rec + fitnet, at=rec + at, fakd=rec + kd + 10 * fakd)
-    for method, weights in dukd.METHODS.items():
-        terms = dukd.losses(student, teacher, lr, hr, weights, p=0, taps=taps, generator=seeded(3))
-        total = sum(weights[name] * term for name, term in terms.items())
-        assert total.item() == pytest.approx(expected[method].item(), rel=1e-5), method
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -354,7 +336,10 @@ def copied(*names):
     return namespace[names[-1]]
 
 
-def test_each_part_of_the_method_can_be_copied_out():
+def test_the_file_needs_torch_alone_and_each_part_of_the_method_can_be_copied_out():
+    source = Path(dukd.__file__).read_text(encoding="utf-8")
+    imports = re.findall(r"^ *(?:import|from) (\w+)", source, re.M)
+    assert {*imports} - sys.stdlib_module_names == {"torch"}
     hr, lr = uniform(4, 3, 16, 16), uniform(4, 3, 8, 8)
     assert torch.equal(copied("zoom_in")(hr, 8, seeded(1)), zoom_in(hr, 8, seeded(1)))
     assert torch.equal(copied("bicubic_neighbours", "bicubic_resize", "zoom_out")(lr, 2), zoom_out(lr, 2))
@@ -363,9 +348,3 @@ def test_each_part_of_the_method_can_be_copied_out():
     assert torch.equal(F.apply(hr), G.apply(hr)) and torch.equal(F.invert(hr), G.invert(hr))
     for name in LOSSES:
         assert copied(f"{name}_loss")(hr, hr.flip(0)) == LOSSES[name](hr, hr.flip(0))
-
-
-def test_the_file_needs_torch_alone():
-    source = Path(dukd.__file__).read_text(encoding="utf-8")
-    imports = re.findall(r"^ *(?:import|from) (\w+)", source, re.M)
-    assert {*imports} - sys.stdlib_module_names == {"torch"}

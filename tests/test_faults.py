@@ -11,26 +11,22 @@ import pytest
 
 import models
 import train
-from samples import error_lines
-from test_train import assert_same_outcome, launch, place, signals_at, words  # noqa: F401 (a fixture)
+from test_train import assert_same_outcome, launch, place, refusal, signals_at, words  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="kills and full disks of Linux")
 
 
-def settings(place, out):
-    """The command line of a short run. Its learning rate is so high that the best step is not the last."""
-    init = place / "edsr_x2.pt"
-    return words(place, out, student="edsr_c8b3", init=init, steps=8, val_every=3, lr=0.1, ema=0)
-
-
-def run(argv, out, before=bool):
-    """Starts or resumes a run in a process of its own. Returns its exit code and output."""
+def run(place, out, before=bool):
+    """Starts or resumes a short run in a process of its own. Returns its exit code and output.
+    Its learning rate is so high that the best step is not the last."""
     if Path(out, "config.json").exists():
         argv = ["--resume", str(out)]
     else:
         shutil.rmtree(out, ignore_errors=True)  # it holds nothing yet
+        argv = words(place, out, student="edsr_c8b3", init=place / "edsr_x2.pt", steps=8, val_every=3, lr=0.1,
+                     ema=0)
     process = launch(argv, f"{out}.log", before)
-    process.join(60)
+    process.join(120)
     process.kill()
     return process.exitcode, Path(f"{out}.log1").read_text()
 
@@ -39,7 +35,7 @@ def run(argv, out, before=bool):
 def whole(place, tmp_path_factory):
     """The folder of the run that nothing interrupts."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert run(settings(place, out), out)[0] == 0
+    assert run(place, out)[0] == 0
     return out
 
 
@@ -48,7 +44,7 @@ def stopped(place, tmp_path):
     """The folder of the same run after a Ctrl-C in its fifth step."""
     out = tmp_path / "run"
     stop = partial(signals_at, 4, pytest.MonkeyPatch(), signal.SIGINT)
-    code, output = run(settings(place, out), out, stop)
+    code, output = run(place, out, stop)
     assert code == 128 + signal.SIGINT and models.read_file(out / "last.ckpt")["step"] == 5
     assert f"python train.py --resume {out}" in output.splitlines()[-1]
     return out
@@ -67,9 +63,9 @@ def die(number, folder):
 def test_killed_before_a_file_is_written_and_resumed_equals_uninterrupted(place, whole, tmp_path):
     for number in range(1, 100, 3):  # every third file or renaming
         out = tmp_path / f"run{number}"
-        if run(settings(place, out), out, partial(die, number, f"{out}{os.sep}"))[0] == 0:
+        if run(place, out, partial(die, number, f"{out}{os.sep}"))[0] == 0:
             break
-        assert run(settings(place, out), out)[0] == 0
+        assert run(place, out)[0] == 0
         assert_same_outcome(whole, out)
     assert number > 16
 
@@ -77,46 +73,38 @@ def test_killed_before_a_file_is_written_and_resumed_equals_uninterrupted(place,
 def test_a_second_signal_ends_the_program_at_once(place, whole, tmp_path):
     out = tmp_path / "run"
     stop = partial(signals_at, 4, pytest.MonkeyPatch(), signal.SIGTERM, signal.SIGTERM)
-    killed = run(settings(place, out), out, stop)
-    assert killed[0] == -signal.SIGTERM and models.read_file(out / "last.ckpt")["step"] == 3
-    assert run(settings(place, out), out)[0] == 0
+    assert run(place, out, stop)[0] == -signal.SIGTERM
+    assert models.read_file(out / "last.ckpt")["step"] == 3
+    assert run(place, out)[0] == 0
     assert_same_outcome(whole, out)
 
 
-@pytest.mark.parametrize("name", ["student.pt", "last.ckpt"])
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(whole, stopped, capsys, monkeypatch,
-                                                                        name):
+FULL = "cannot be read or written: No space left on device"
+
+
+@pytest.mark.parametrize("fault, named", [
+    ("student.pt", f"student.pt {FULL}"), ("last.ckpt", f"last.ckpt {FULL}"),
+    ("nan", "the loss or the weights are not finite after step 6")])
+def test_a_full_disk_and_nan_leave_the_last_checkpoint(whole, stopped, capsys, monkeypatch, fault, named):
     def full(source, target, replace=os.replace):
-        if Path(target).name == name:
+        if Path(target).name == fault:
             raise OSError(28, "No space left on device")
         replace(source, target)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        line = error_lines(train.main, ["--resume", stopped], capsys)[-1]
-    assert f"{name} cannot be read or written: No space left on device" in line
+        if fault == "nan":
+            patch.setattr(train, "learning_rate", lambda step, args: float("nan"))
+        assert named in refusal(capsys, "--resume", stopped)
     assert models.read_file(stopped / "last.ckpt")["step"] >= 5 and not list(stopped.glob(".*"))
     train.main(["--resume", str(stopped)])
     assert_same_outcome(whole, stopped)
 
 
-def limit_files():
+def test_a_checkpoint_that_is_cut_off_is_one_line(place, tmp_path):
     """No file may have more than 20,000 bytes. It fails as on a full disk, in the midst of a write."""
     import resource  # not on Windows
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-
-def test_a_checkpoint_that_is_cut_off_is_one_line(place, tmp_path):
     out = tmp_path / "run"
-    code, _ = run(settings(place, out), out, limit_files)
+    code, _ = run(place, out, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000)))
     lines = Path(f"{out}.log2").read_text().splitlines()
     assert code == 2 and lines[-1].endswith("student.pt cannot be read or written: File too large"), lines
     assert not list(out.glob("*.pt")) and not list(out.glob(".*"))
-
-
-def test_nan_stops_the_run_and_the_last_checkpoint_stays(whole, stopped, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", lambda step, args: float("nan"))
-        line = error_lines(train.main, ["--resume", stopped], capsys)[-1]
-    assert "the loss or the weights are not finite after step 6" in line
-    train.main(["--resume", str(stopped)])
-    assert_same_outcome(whole, stopped)

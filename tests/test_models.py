@@ -19,6 +19,8 @@ CONFIGS = {
     "lightweight": dict(arch="swinir", channels=22, stages=1, layers=2, heads=2, window=4, mlp_ratio=15 / 22,
                         head="pixelshuffledirect"),  # 22·(15/22) is 14.999… in floats
 }
+EVERY = [(kind, scale) for kind in CONFIGS for scale in models.SCALES]
+UNTOLD = dict(edsr=dict(res_scale=0.3), rcan={}, swinir={}, lightweight={})  # what shapes do not tell
 
 
 def make(kind, scale=2, seed=0, **more):
@@ -68,10 +70,10 @@ def test_outputs_are_what_they_always_were(kind, pixel):
         assert make(kind)(picture(2, 3, 9, 13))[0, :, 5, 7].tolist() == pytest.approx(pixel, abs=2e-4)
 
 
-@pytest.mark.parametrize("scale", models.SCALES)
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_any_size_of_input(kind, scale):
-    """Outputs are s times as large, the pictures of a batch do not mix, and the input stays as it was."""
+@pytest.mark.parametrize("kind, scale", EVERY)
+def test_any_size_of_input_and_bfloat16(kind, scale):
+    """Outputs are s times as large, the pictures of a batch do not mix, and the input stays as it was.
+    Autocast gives the same picture and gradient but for rounding."""
     net = make(kind, scale)
     for h, w in [(8, 8), (7, 5), (1, 9), (1, 1)]:
         x = picture(3, 3, h, w)
@@ -80,6 +82,15 @@ def test_any_size_of_input(kind, scale):
         assert y.shape == (3, 3, scale * h, scale * w) and y.dtype == torch.float32
         assert (y[1:2] - alone).abs().max() < 1e-4
         assert torch.equal(x, picture(3, 3, h, w))
+    x, answers = picture(1, 3, 9, 14), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            y = net(x)
+        last = net.upsample[0] if kind == "lightweight" else net.conv_last
+        answers.append([y, *torch.autograd.grad(y.mean(), [last.weight, net.conv_first.weight])])
+    for exact, rounded in zip(*answers):
+        assert rounded.dtype == torch.float32
+        assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("kind, names", [("edsr", ["body.1", "body.2"]), ("rcan", ["body.0", "body.1"]),
@@ -105,21 +116,6 @@ def test_a_convolution_after_a_shuffle_is_computed_before_it(r):
             results.append([y, *torch.autograd.grad(y.square().sum(), given)])
         for plain, ours in zip(*results):
             assert (plain - ours).abs().max() < 1e-12 * plain.abs().max()
-
-
-@pytest.mark.parametrize("scale", models.SCALES)
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_autocast_gives_the_same_picture_and_gradient_but_for_rounding(kind, scale):
-    net, x = make(kind, scale), picture(1, 3, 9, 14)
-    answers = {}
-    for precise in (True, False):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not precise):
-            y = net(x)
-        last = net.upsample[0] if kind == "lightweight" else net.conv_last
-        answers[precise] = [y, *torch.autograd.grad(y.mean(), [last.weight, net.conv_first.weight])]
-    for exact, rounded in zip(answers[True], answers[False]):
-        assert rounded.dtype == torch.float32
-        assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
 
 
 def test_padding_is_numpys_reflection():
@@ -205,8 +201,7 @@ def test_saved_files_have_the_published_names(tmp_path, name):
     assert set(content["params"]) == set(content["params_ema"]) == expected
 
 
-@pytest.mark.parametrize("scale", models.SCALES)
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind, scale", EVERY)
 def test_files_come_back(tmp_path, kind, scale):
     """With the settings in the file; bare, as other codes write it, shapes tell all but res_scale."""
     net, raw, path = make(kind, scale), make(kind, scale, seed=1), tmp_path / "net.pt"
@@ -215,7 +210,7 @@ def test_files_come_back(tmp_path, kind, scale):
     assert again.config == net.config and not again.training
     same(again, net.eval())
     bare = torch.load(path, weights_only=True)["params"]
-    again = models.load(stored(tmp_path, bare), **({"res_scale": 0.3} if kind == "edsr" else {}))
+    again = models.load(stored(tmp_path, bare), **UNTOLD[kind])
     assert again.config == net.config
     same(again, raw)
 
@@ -246,11 +241,12 @@ def authors_file(core, mean, trained):
 @pytest.mark.parametrize("scale", models.SCALES)
 @pytest.mark.parametrize("kind", ["edsr", "rcan"])
 def test_the_authors_files_answer_as_the_authors_code(tmp_path, kind, scale, trained):
-    """The mean shifts are folded exactly, also at the border, where convolutions meet the zero padding."""
+    """The mean shifts are folded exactly, also at the border, where convolutions meet the zero padding.
+    Other codes train without them: no mean, range 1. BasicSR's names keep BasicSR's mean."""
     mean = (0.51, 0.02, 0.004) if scale == 3 else models.DIV2K_MEAN
     core = make(kind, scale, mean=(0, 0, 0), img_range=1.0)
     state, forward = authors_file(core, mean, trained)
-    net = models.load(stored(tmp_path, state), **({"res_scale": 0.3} if kind == "edsr" else {}))
+    net = models.load(stored(tmp_path, state), **UNTOLD[kind])
     assert net.scale == scale and net.img_range == 255
     assert trained or net.config["mean"] == pytest.approx(mean, abs=1e-6)
     same(net, forward)
@@ -259,18 +255,10 @@ def test_the_authors_files_answer_as_the_authors_code(tmp_path, kind, scale, tra
     if kind == "edsr":  # spandrel takes such an RCAN as it is
         refused(stored(tmp_path, state | {"sub_mean.weight": torch.zeros(3, 3, 1, 1)}))  # it has no inverse
         refused(stored(tmp_path, state | {"add_mean.weight": torch.ones(3)}))
-
-
-@pytest.mark.parametrize("kind", ["edsr", "rcan"])
-def test_the_authors_names_without_mean_shifts_mean_no_mean_and_range_1(tmp_path, kind):
-    """Other codes train them so. BasicSR's names keep BasicSR's mean. What is given overrides both."""
-    core = make(kind, mean=(0, 0, 0), img_range=1.0)
-    state, _ = authors_file(core, models.DIV2K_MEAN, trained=False)
     path = stored(tmp_path, {k: v for k, v in state.items() if "_mean" not in k})
-    settings = {"res_scale": 0.3} if kind == "edsr" else {}
-    same(models.load(path, **settings), core)
-    same(models.load(path, mean=models.DIV2K_MEAN, img_range=255.0, **settings), make(kind))
-    same(models.load(stored(tmp_path, core.state_dict()), **settings), make(kind))
+    same(models.load(path, **UNTOLD[kind]), core)
+    same(models.load(path, mean=models.DIV2K_MEAN, img_range=255.0, **UNTOLD[kind]), make(kind, scale))
+    same(models.load(stored(tmp_path, core.state_dict()), **UNTOLD[kind]), make(kind, scale))
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "net_g.", "netG.", "generator.",
@@ -315,6 +303,19 @@ def test_settings_that_shapes_do_not_tell(tmp_path):
         refused(tmp_path / "bare.pt", **other)
 
 
+def test_why_another_packages_network_is_not_read(tmp_path, monkeypatch):
+    """The package is not installed, does not work, or does not know the weights either."""
+    path = stored(tmp_path, {"module.body.0.weight": torch.zeros(2)})
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    refused(path, "For other networks: pip install spandrel")
+    (tmp_path / "spandrel.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.delitem(sys.modules, "spandrel")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused(path, "fails to import (operator torchvision::nms does not exist)", "install both from one")
+    monkeypatch.setitem(sys.modules, "spandrel", types.SimpleNamespace(ModelLoader=None))
+    refused(path, "spandrel does not know it either")
+
+
 class Found:
     """A stand-in for what the package spandrel finds. It edits its input, and answers in inference mode."""
     purpose, scale, input_channels, output_channels = "SR", 2, 3, 3
@@ -327,29 +328,6 @@ class Found:
     @torch.inference_mode()
     def __call__(self, x):
         return F.interpolate(x.mul_(2), scale_factor=2)
-
-
-def test_weights_that_are_not_finite_are_refused(tmp_path):
-    state = make("edsr").state_dict()
-    state["conv_last.bias"][0] = float("nan")
-    refused(stored(tmp_path, state), "weights that are NaN or infinite")
-
-
-def test_why_another_packages_network_is_not_read(tmp_path, monkeypatch):
-    """The package is not installed, does not work, or does not know the weights either."""
-    path = stored(tmp_path, {"module.body.0.weight": torch.zeros(2)})
-    monkeypatch.setitem(sys.modules, "spandrel", None)
-    refused(path, "For other networks: pip install spandrel")
-
-    class Broken:
-        def find_spec(self, name, *rest):
-            if name == "spandrel":
-                raise RuntimeError("operator torchvision::nms does not exist")
-    monkeypatch.delitem(sys.modules, "spandrel")
-    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    refused(path, "fails to import (operator torchvision::nms does not exist)", "install both from one")
-    monkeypatch.setitem(sys.modules, "spandrel", types.SimpleNamespace(ModelLoader=None))
-    refused(path, "spandrel does not know it either")
 
 
 def test_another_packages_network(tmp_path, monkeypatch):
@@ -433,11 +411,13 @@ def test_content_that_is_no_network(tmp_path, content, words):
 
 @pytest.mark.parametrize("kind, key", [("edsr", "body.1.conv2.bias"), ("rcan", "body.1.conv.weight"),
                                        ("swinir", "patch_embed.norm.bias"), ("lightweight", "norm.weight")])
-def test_weights_that_do_not_fit_are_named(tmp_path, kind, key):
+def test_weights_that_do_not_fit_are_named_and_nan_is_refused(tmp_path, kind, key):
     state = make(kind).state_dict()
     refused(stored(tmp_path, {k: v for k, v in state.items() if k != key}), key, "Missing")
     refused(stored(tmp_path, state | {"more": state[key]}), "more", "Unexpected")
     refused(stored(tmp_path, state | {key: torch.zeros(5, 3)}), key, "5, 3")
+    state[key][0] = float("nan")
+    refused(stored(tmp_path, state), "weights that are NaN or infinite")
 
 
 def test_a_file_takes_the_old_ones_place_only_once_it_is_on_the_disk(tmp_path, monkeypatch):

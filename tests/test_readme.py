@@ -13,12 +13,14 @@ import dukd
 import evaluate
 import models
 import train
+from results import study
 from samples import noise, save
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "results/README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"(?:python|torchrun)\b[^&#`\n]*?\b(train|evaluate)\.py\b([^&|>`…\n]*)", README)
+FLAGS = re.findall(r"`(--[\w-]+(?: [-\w.]+)+)`", README)
 
 
 def test_it_starts_with_two_commands_that_need_python_alone():
@@ -28,18 +30,13 @@ def test_it_starts_with_two_commands_that_need_python_alone():
     assert first.endswith("--method zoom_in --quick") and second == "python -m pytest tests"
 
 
-@pytest.mark.parametrize("file, words", COMMANDS)
-def test_its_commands_parse(file, words, monkeypatch):
+@pytest.mark.parametrize("file, words", [*COMMANDS, *(("train", flags) for flags in FLAGS)])
+def test_its_commands_and_flags_with_values_parse(file, words, monkeypatch):
     fresh = dict(settings=vars(train.parse([])))
     monkeypatch.setattr(train, "read_config", lambda folder: fresh)  # the run need not exist
     options = dict(train=train, evaluate=evaluate)[file].parse(shlex.split(words, comments=True))
     if file == "train" and options.student != "small":
         models.build(options.student, options.scale or 4)
-
-
-@pytest.mark.parametrize("flags", re.findall(r"`(--[\w-]+(?: [-\w.]+)+)`", README))
-def test_its_flags_with_values_parse(flags):
-    train.parse(flags.split())
 
 
 def test_its_files_and_pictures_exist():
@@ -114,9 +111,7 @@ def test_its_figures_stand_in_results():
     assert len(named) > 5 and not {*named} - known
 
 
-def test_its_rows_of_studies_are_made_from_the_records(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "results"))
-    import study
+def test_its_rows_of_studies_are_made_from_the_records():
     rows = re.findall(r"^\| (?:2K|2K reduced|\d+) \| .*", README + RESULTS, re.M)
     made = {line for name in study.STUDIES for line in study.table(name)} | {*study.fit_of_p()}
     assert rows and not {*rows} - made
@@ -125,8 +120,6 @@ def test_its_rows_of_studies_are_made_from_the_records(monkeypatch):
 
 
 def test_the_table_of_runs_has_a_column_for_each_difference(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "results"))
-    import study
     for name, p in [("a", 0.3), ("b", 0), ("new", 0)]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(dict(settings=dict(p=p, seed=0, out=name))))

@@ -1,20 +1,17 @@
 """Whether a training step can be recorded as a CUDA graph. No GPU is needed, but a torch built with CUDA.
 
-A CUDA graph repeats what the GPU did. What Python and the CPU did beside it is not repeated. So a step may
-read no value from the GPU, and may use no tensor on the CPU. Here it runs on fake tensors. They are on a GPU
-that need not exist, and have a shape and a type, but no values: reading one is an error. A watch keeps every
-operation and its tensors, and so tells where they are.
-The backward pass needs a real GPU and is left out. test_train.py watches it on the CPU.
+A CUDA graph repeats what the GPU did, not what Python and the CPU did beside it. So a step may read no value
+from the GPU, and use no tensor on the CPU. Here it runs on fake tensors: on a GPU that need not exist, with
+shapes and types, but no values. The backward pass is left out: test_train.py watches it on the CPU.
 """
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException,
+                                           FakeTensorMode)
 
 import dukd
 import train
+from samples import Watch
 from test_train import STUDENTS, place, settings  # noqa: F401 (place is a fixture of settings)
 
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch is built without CUDA")
@@ -45,20 +42,6 @@ def pretended_device(monkeypatch):
     dukd.bicubic_neighbours.cache_clear()
     yield
     dukd.bicubic_neighbours.cache_clear()
-
-
-class Watch(TorchDispatchMode):
-    """Keeps each operation: its name, and the tensors that it takes and returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        leaves = tree_leaves((args, kwargs, result))
-        self.seen.append((str(function), [leaf for leaf in leaves if torch.is_tensor(leaf)]))
-        return result
 
 
 def watched(step, *inputs):
