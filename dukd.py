@@ -116,7 +116,7 @@ def bicubic_neighbours(n, factor, dtype, device):
 class InvertibleAugmentation:
     """F and F⁻¹: for each sample a subset of horizontal flip, vertical flip, transpose, colour inversion.
     Transposing and the flips together make all rotations by 90°. F applies its operations in the order of
-    `ops`, F⁻¹ in the reverse order. The order matters: a flip and a transposition do not commute."""
+    `ops`. The order matters: a flip and a transposition do not commute."""
 
     OPERATIONS = ("hflip", "vflip", "transpose", "invert")
 
@@ -139,29 +139,23 @@ class InvertibleAugmentation:
     def apply(self, x):
         """F(x): x (n,C,h,w) in [0,1] to the same shape and range. ValueError for a transposition of h ≠ w."""
         for op, mask in zip(self.ops, self.masks):
-            x = self._changed(op, x, mask)
+            if op == "hflip":
+                changed = x.flip(-1)
+            elif op == "vflip":
+                changed = x.flip(-2)
+            elif op == "invert":
+                changed = 1 - x
+            else:  # transpose
+                if x.shape[-1] != x.shape[-2]:
+                    raise ValueError(f"transpose needs square patches, not {x.shape[-2]}x{x.shape[-1]}")
+                changed = x.transpose(-1, -2)
+            x = torch.where(mask.view(-1, 1, 1, 1).to(x.device), changed, x)
         return x
 
     def invert(self, y):
         """F⁻¹(y): y (n,C,·,·), of any size. It undoes F exactly, up to the rounding of 1 − x. ValueError as
-        in `apply`."""
-        for op, mask in reversed([*zip(self.ops, self.masks)]):
-            y = self._changed(op, y, mask)  # each operation is its own inverse
-        return y
-
-    def _changed(self, op, x, mask):
-        """x with the operation done to the samples of the mask."""
-        if op == "hflip":
-            changed = x.flip(-1)
-        elif op == "vflip":
-            changed = x.flip(-2)
-        elif op == "invert":
-            changed = 1 - x
-        else:  # transpose
-            if x.shape[-1] != x.shape[-2]:
-                raise ValueError(f"transpose needs square patches, not {x.shape[-2]}x{x.shape[-1]}")
-            changed = x.transpose(-1, -2)
-        return torch.where(mask.view(-1, 1, 1, 1).to(x.device), changed, x)
+        in `apply`. Each operation is its own inverse, so F⁻¹ is F with the operations in reverse order."""
+        return InvertibleAugmentation(self.ops[::-1], self.masks.flip(0)).apply(y)
 
 
 # The feature losses compare a feature map of the student, m_S (N,c_S,h,w), with one of the teacher's, m_T
