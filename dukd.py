@@ -81,10 +81,7 @@ def bicubic_resize(x, factor, dims=(-2, -1)):
         index, weights = bicubic_neighbours(x.shape[dim], factor, x.dtype, x.device)
         column = [1] * x.dim()  # the weights of a neighbour as a column along dim
         column[dim] = -1
-        resized = 0
-        for i, weight in zip(index, weights):
-            resized = resized + weight.view(column) * x.index_select(dim, i)
-        x = resized
+        x = sum(weight.view(column) * x.index_select(dim, i) for i, weight in zip(index, weights))
     return x
 
 
@@ -267,14 +264,12 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
 
 def sum_over_taps(distance, maps_s, maps_t):
     """The sum of a feature loss over pairs of feature maps. ValueError where their sizes differ."""
-    total = 0
     for m_s, m_t in zip(maps_s, maps_t):
         if m_s.shape[-2:] != m_t.shape[-2:]:
             sizes = [f"{m.shape[-2]}x{m.shape[-1]}" for m in (m_s, m_t)]
             raise ValueError(f"feature maps of {sizes[0]} (student) and {sizes[1]} (teacher) cannot be "
                              "compared. SwinIR pads to a multiple of its window (8): take such patches")
-        total = total + distance(m_s, m_t)
-    return total
+    return sum(map(distance, maps_s, maps_t))
 
 
 def forward(net, scale, inputs, taps=()):
