@@ -282,13 +282,12 @@ def forward(net, scale, inputs, taps=()):
         caught[module] = output
     handles = [module.register_forward_hook(catch) for module in taps]
     try:
-        for shape in dict.fromkeys(x.shape[1:] for x in inputs.values()):
-            names = [name for name, x in inputs.items() if x.shape[1:] == shape]
+        for c, h, w in dict.fromkeys(x.shape[1:] for x in inputs.values()):
+            names = [name for name, x in inputs.items() if x.shape[1:] == (c, h, w)]
             sizes = [len(inputs[name]) for name in names]
             x = torch.cat([inputs[name] for name in names])
             y = net(x)
-            n, c, h, w = x.shape
-            if getattr(y, "shape", None) != (n, c, scale * h, scale * w):
+            if getattr(y, "shape", None) != (len(x), c, scale * h, scale * w):
                 found = tuple(y.shape) if torch.is_tensor(y) else f"a {type(y).__name__}"
                 raise ValueError(f"a network makes {found} of {tuple(x.shape)}, and x{scale} is needed")
             if caught.keys() != {*taps}:
