@@ -167,9 +167,8 @@ def print_table(rows, networks, sets, against, about, options):
     for label, upscaler in rows.items():
         size = f"{models.parameters(networks[label]) / 1e6:.2f} M" if label in networks else "-"
         published = label == "bicubic" and not against
-        results[label] = {}
-        for folder, pictures in sets.items():
-            results[label][folder] = score(upscaler, pictures, scale, label, published)
+        results[label] = {folder: score(upscaler, pictures, scale, label, published)
+                          for folder, pictures in sets.items()}
         cells = [f"{found['psnr']:.2f}/{found['ssim']:.4f}".rjust(len(head))
                  for head, found in zip(heads, results[label].values())]
         print(f"{label:{width}}  {size:>7}", *cells, sep="  ", flush=True)
@@ -219,10 +218,8 @@ def figure(pictures, scale):
 def write_figure(target, upscalers, lr, hr, scale):
     """Writes the `figure` of HR and of what each upscaler {label: upscaler} makes of LR."""
     encoded(target, hr[:1, :1])  # a wrong ending fails before the long work
-    pictures = dict(HR=hr)
-    for label, upscaler in upscalers.items():
-        pictures[label] = upscaler(lr)
-    write_picture(target, figure(pictures, scale))
+    made = {label: upscaler(lr) for label, upscaler in upscalers.items()}
+    write_picture(target, figure(dict(HR=hr) | made, scale))
 
 
 def upscale_files(upscaler, source, out, scale):
