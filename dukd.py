@@ -16,6 +16,7 @@ Shapes: N samples, C colours, h×w the LR patch, s the scale. Pictures are float
 absolute error. To copy: the whole file, which needs torch alone. Or parts of it: `zoom_in`, each feature loss
 and `InvertibleAugmentation` need nothing else of it; `zoom_out` needs the two bicubic functions.
 """
+import contextlib
 import functools
 import math
 
@@ -280,8 +281,9 @@ def forward(net, scale, inputs, taps=()):
 
     def catch(module, args, output):
         caught[module] = output
-    handles = [module.register_forward_hook(catch) for module in taps]
-    try:
+    with contextlib.ExitStack() as hooks:  # which takes them away again
+        for module in taps:
+            hooks.enter_context(module.register_forward_hook(catch))
         for c, h, w in dict.fromkeys(x.shape[1:] for x in inputs.values()):
             names = [name for name, x in inputs.items() if x.shape[1:] == (c, h, w)]
             sizes = [len(inputs[name]) for name in names]
@@ -295,7 +297,4 @@ def forward(net, scale, inputs, taps=()):
             outputs.update(zip(names, y.float().split(sizes)))
             for i, name in enumerate(names):
                 maps[name] = [caught[module].split(sizes)[i] for module in taps]
-    finally:
-        for handle in handles:
-            handle.remove()
     return outputs, maps
