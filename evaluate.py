@@ -451,8 +451,7 @@ def provenance(command, device):
 
 def keep_freed_memory():
     """Has glibc keep freed memory. New memory costs time: the system fills it with zeros first.
-    Measured on two cores with AMX: a training step at batch 16, patch 48 takes 505 ms with it, and 548 ms
-    without; at batch 2, patch 24 there is no difference."""
+    Measured on two cores with AMX: a training step at batch 16, patch 48 takes 505 ms, and 548 without."""
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap, too
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks

@@ -442,7 +442,7 @@ def read_file(path):
     except Exception as e:  # torch and safetensors raise many kinds for damage
         if code := re.search(r"GLOBAL ([\w.]+)", str(e)):
             raise InputError(f"{path} wants to run code ({code[1]}) and is refused. Save the "
-                                  "weights alone: torch.save(network.state_dict(), file)") from None
+                             "weights alone: torch.save(network.state_dict(), file)") from None
         raise InputError(f"{path} is no checkpoint, or is empty, truncated or damaged") from None
 
 
@@ -579,7 +579,7 @@ def from_spandrel(weights, path):
         if found.purpose != "SR" or found.scale not in SCALES or channels != (3, 3):
             kind = f"{found.purpose} x{found.scale} from {channels[0]} to {channels[1]} channels"
             raise InputError(f"{path} is {found.architecture.name}, for {kind}. A network for "
-                                  "super-resolution of RGB x2, x3, x4 or x8 is needed")
+                             "super-resolution of RGB x2, x3, x4 or x8 is needed")
         return Foreign(found).float()
     return "The package spandrel does not know it either"
 
