@@ -45,7 +45,6 @@ MAY_CHANGE = {"resume", "teacher", "data", "val", "cache", "device", "compile", 
 # How long torchrun's processes wait for each other: at the start; in training, while the first one scores.
 RENDEZVOUS, SCORING = datetime.timedelta(minutes=10), datetime.timedelta(hours=5)
 
-
 WEIGHT, COUNT, SIZE = between(0, 1e6), between(1, 10**9, int), between(1, 10**4, int)
 OPERATIONS = list(dukd.InvertibleAugmentation.OPERATIONS)
 
@@ -66,49 +65,49 @@ def parse(argv):
         methods += f"\n  {name:8} L = {equation(weights)}"
     p = evaluate.Parser(description=__doc__, epilog=methods, add_help=False, allow_abbrev=False,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group("what sets the defaults of the others")
-    g.add_argument("--method", choices=dukd.METHODS, default="dukd", help="weights of the loss, see below")
-    g.add_argument("--quick", action="store_true", help="minutes on a CPU: 1300 steps of two small patches")
-    g.add_argument("--resume", type=run_folder, metavar="DIR", default="", help="go on with this run")
+    group = p.add_argument_group
+    add = group("what sets the defaults of the others").add_argument
+    add("--method", choices=dukd.METHODS, default="dukd", help="weights of the loss, see below")
+    add("--quick", action="store_true", help="minutes on a CPU: 1300 steps of two small patches")
+    add("--resume", type=run_folder, metavar="DIR", default="", help="go on with this run")
 
-    g = p.add_argument_group("networks and pictures")
-    g.add_argument("--teacher", type=FILE, metavar="FILE", default="", help="the frozen f_T")
-    g.add_argument("--student", default="small", help=f"f_S: small (the paper's), {models.NAMES_HELP}")
-    g.add_argument("--scale", type=int, choices=models.SCALES, default=0, help="s [the teacher's, else 4]")
-    g.add_argument("--data", type=FILE, nargs="+", default=[], metavar="DIR", help="HR [scikit-image's]")
-    g.add_argument("--val", type=FILE, nargs="+", default=[], metavar="DIR",
-                   help="held-out HR [a tenth of --data, 1 to 10]")
-    g.add_argument("--init", type=FILE, metavar="FILE", default="", help="what the student starts from")
-    g.add_argument("--out", type=FILE, metavar="DIR", default="", help="[a new runs/METHOD_STUDENT_xSCALE]")
+    add = group("networks and pictures").add_argument
+    add("--teacher", type=FILE, metavar="FILE", default="", help="the frozen f_T")
+    add("--student", default="small", help=f"f_S: small (the paper's), {models.NAMES_HELP}")
+    add("--scale", type=int, choices=models.SCALES, default=0, help="s [the teacher's, else 4]")
+    add("--data", type=FILE, nargs="+", default=[], metavar="DIR", help="HR [scikit-image's]")
+    add("--val", type=FILE, nargs="+", default=[], metavar="DIR",
+        help="held-out HR [a tenth of --data, 1 to 10]")
+    add("--init", type=FILE, metavar="FILE", default="", help="what the student starts from")
+    add("--out", type=FILE, metavar="DIR", default="", help="[a new runs/METHOD_STUDENT_xSCALE]")
 
-    g = p.add_argument_group("training")
-    g.add_argument("--steps", type=COUNT, default=250_000, help="updates of the whole run [%(default)s]")
-    g.add_argument("--batch", type=SIZE, default=16, help="pairs in an update, in all [%(default)s]")
-    g.add_argument("--patch", type=SIZE, default=48, help="LR patch, pixels; HR: s times that [%(default)s]")
-    g.add_argument("--lr", type=between(1e-12, 1), default=1e-4, help="Adam's rate at first [%(default)s]")
-    g.add_argument("--schedule", choices=("step", "cosine"), default="step",
-                   help="step: x0.1 at 40%% and 80%% of the run; cosine: to zero [%(default)s]")
-    g.add_argument("--ema", type=between(0, 0.999999), default=0.999, help="decay of the EMA [%(default)s]")
-    g.add_argument("--seed", type=between(0, 10**6, int), default=0, help="of all draws [%(default)s]")
+    add = group("training").add_argument
+    add("--steps", type=COUNT, default=250_000, help="updates of the whole run [%(default)s]")
+    add("--batch", type=SIZE, default=16, help="pairs in an update, in all [%(default)s]")
+    add("--patch", type=SIZE, default=48, help="LR patch, pixels; HR: s times that [%(default)s]")
+    add("--lr", type=between(1e-12, 1), default=1e-4, help="Adam's rate at first [%(default)s]")
+    add("--schedule", choices=("step", "cosine"), default="step",
+        help="step: x0.1 at 40%% and 80%% of the run; cosine: to zero [%(default)s]")
+    add("--ema", type=between(0, 0.999999), default=0.999, help="decay of the EMA [%(default)s]")
+    add("--seed", type=between(0, 10**6, int), default=0, help="of all draws [%(default)s]")
 
-    g = p.add_argument_group("the loss: the weight λ of each term (0: off), and what the terms see")
+    add = group("the loss: the weight λ of each term (0: off), and what the terms see").add_argument
     for term, formula in dukd.TERMS.items():
-        g.add_argument(f"--lambda-{term.replace('_', '-')}", type=WEIGHT, help=f"{formula} [%(default)s]")
-    g.add_argument("--crops", type=SIZE, default=1, help="zoom-in crops of each HR patch [%(default)s]")
-    g.add_argument("--p", type=between(0, 1), default=0.3, help="probability of each operation [%(default)s]")
-    g.add_argument("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="operations of F [all]")
-    g.add_argument("--augment-zoom-out", action="store_true", help="F acts on zoom-out, too")
+        add(f"--lambda-{term.replace('_', '-')}", type=WEIGHT, help=f"{formula} [%(default)s]")
+    add("--crops", type=SIZE, default=1, help="zoom-in crops of each HR patch [%(default)s]")
+    add("--p", type=between(0, 1), default=0.3, help="probability of each operation [%(default)s]")
+    add("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="operations of F [all]")
+    add("--augment-zoom-out", action="store_true", help="F acts on zoom-out, too")
 
-    g = p.add_argument_group("how it runs")
-    g.add_argument("--device", metavar="NAME", default="", help="cpu, cuda:1, … [cuda where there is one]")
-    g.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of the networks [auto: bfloat16 where the device computes in it]")
-    g.add_argument("--compile", choices=("graph", "blocks", "no"), default="graph",
-                   help="on CUDA: the networks' blocks; graph: the step is recorded, too [%(default)s]")
-    g.add_argument("--cache", type=FILE, metavar="DIR", default="runs/cache",
-                   help="decoded pictures [%(default)s]")
-    g.add_argument("--val-every", metavar="STEPS", type=between(0, 10**9, int), default=0,
-                   help="between validations [a tenth of the run, at most 5000]; also at step 100")
+    add = group("how it runs").add_argument
+    add("--device", metavar="NAME", default="", help="cpu, cuda:1, … [cuda where there is one]")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of the networks [auto: bfloat16 where the device computes in it]")
+    add("--compile", choices=("graph", "blocks", "no"), default="graph",
+        help="on CUDA: the networks' blocks; graph: the step is recorded, too [%(default)s]")
+    add("--cache", type=FILE, metavar="DIR", default="runs/cache", help="decoded pictures [%(default)s]")
+    add("--val-every", metavar="STEPS", type=between(0, 10**9, int), default=0,
+        help="between validations [a tenth of the run, at most 5000]; also at step 100")
 
     chosen, _ = p.parse_known_args(argv)  # with no --help yet, which shows the defaults that are set now
     p.add_argument("-h", "--help", action="help", help="show this text")
