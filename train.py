@@ -130,7 +130,7 @@ def parse(argv):
 
 def equation(weights):
     """L as text: "1·rec + 1·kd". weights: {term: λ}."""
-    return " + ".join(f"{weight:g}·{term}" for term, weight in weights.items() if weight)
+    return " + ".join(f"{weight:g}·{term}" for term, weight in weights.items())
 
 
 def forward_backward(run, lr, hr):
@@ -248,7 +248,8 @@ class Run:
             torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
         self.rank, self.world = join_processes(self.device)
         self.precision = choose_precision(args.precision, self.device)
-        self.weights = {term: getattr(args, f"lambda_{term}") for term in dukd.TERMS}
+        weights = {term: getattr(args, f"lambda_{term}") for term in dukd.TERMS}
+        self.weights = {term: weight for term, weight in weights.items() if weight}
 
         teacher = models.load(args.teacher).requires_grad_(False) if args.teacher else None
         self.scale = args.scale or (teacher.scale if teacher else 4)
@@ -353,13 +354,13 @@ def choose_precision(name, device):
 
 def check_settings(args, weights, teacher, rank, world):
     """InputError for settings that do not fit together. The step that `train` tries shows the rest."""
-    if not any(weights.values()):
+    if not weights:
         raise InputError("every term of the loss is off: nothing to learn from")
     if teacher is None and args.student == "small":
         raise InputError("--student small needs a --teacher; or name a size")
     if teacher and args.scale not in (0, teacher.scale):
         raise InputError(f"{args.teacher} is for x{teacher.scale}, not x{args.scale}: leave --scale out")
-    if teacher and not teacher.taps and (weights["fitnet"] or weights["at"] or weights["fakd"]):
+    if teacher and not teacher.taps and weights.keys() & {"fitnet", "at", "fakd"}:
         raise InputError(f"a teacher of {teacher.config['arch']} has no feature maps here: fitnet, at and "
                           "fakd need EDSR, RCAN or SwinIR")
     if args.batch % world:
@@ -468,8 +469,7 @@ def write_config(run, out, command):
 def begin_log(run, out):
     """Writes log.csv: its head and, of a resumed run, the rows up to the checkpoint's step."""
     log = out / "log.csv"
-    terms = [term for term, weight in run.weights.items() if weight]
-    rows = [",".join(["step", "lr", *terms, "total", "val_psnr", "ms"]) + "\n"]
+    rows = [",".join(["step", "lr", *run.weights, "total", "val_psnr", "ms"]) + "\n"]
     if log.exists():
         for row in log.read_text(errors="replace").splitlines(keepends=True)[1:]:
             step = row.split(",")[0]
