@@ -212,7 +212,7 @@ def train(args, command="python train.py"):
             run.check_finite(means[-1])
             if run.rank == 0:
                 if validating:
-                    run.psnr = run.score(evaluate.network_upscaler(run.ema), "student")
+                    run.psnr = run.score("student")
                 row = [f"{run.step}", f"{rate:.3g}", *[f"{mean:.8g}" for mean in means]]
                 row += [f"{run.psnr:.4f}" if validating else "", f"{ms:.2f}"]
                 rows.append(",".join(row) + "\n")
@@ -275,6 +275,10 @@ class Run:
         self.teacher = teacher and teacher.to(self.device, memory_format=torch.channels_last)
         self.taps = [*zip(student.taps, teacher.taps)] if teacher else []
         self.ema = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.upscalers = dict(bicubic=evaluate.bicubic_upscaler(self.scale))
+        if teacher:
+            self.upscalers["teacher"] = evaluate.network_upscaler(self.teacher)
+        self.upscalers["student"] = evaluate.network_upscaler(self.ema)
         self.parameters, self.averaged = list(self.student.parameters()), list(self.ema.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, betas=(0.9, 0.99), fused=True)
         self.val_every = args.val_every or max(1, min(args.steps // 10, 5000))
@@ -309,10 +313,11 @@ class Run:
         self.saved = self.step
 
     @torch.compiler.set_stance("force_eager")  # else blocks are compiled for each size of picture
-    def score(self, upscaler, label):
-        """An upscaler's mean PSNR on Y over the held-out pictures. In float32."""
-        metrics = dict(psnr=evaluate.psnr_y)
-        return evaluate.score(upscaler, self.held_out, self.scale, f"held-out, {label}", metrics=metrics)["psnr"]
+    def score(self, label):
+        """The mean PSNR on Y of one of the upscalers over the held-out pictures. In float32."""
+        scores = evaluate.score(self.upscalers[label], self.held_out, self.scale, f"held-out, {label}",
+                                metrics=dict(psnr=evaluate.psnr_y))
+        return scores["psnr"]
 
     def check_finite(self, loss):
         """InputError where the loss or a weight is NaN or infinite. L1's gradient at a NaN is 0, so weights
@@ -494,17 +499,13 @@ def introduce(run, out):
     for role, net in (("teacher", run.teacher), ("student", run.student)):
         if net:
             print(f"{role} {models.describe(net.config)}: {models.parameters(net) / 1e6:.2f} M parameters")
-    bicubic_psnr = run.score(evaluate.bicubic_upscaler(run.scale), "bicubic")
-    teacher = ""
-    if run.teacher:
-        psnr = run.score(evaluate.network_upscaler(run.teacher), "teacher")
-        teacher = f", teacher {psnr:.2f} dB"
-        if psnr < bicubic_psnr:
-            data.note("the teacher is below bicubic: is it a GAN's, or of another mean or range?")
-    print(f"held-out PSNR: bicubic {bicubic_psnr:.2f} dB{teacher}")
+    scores = {label: run.score(label) for label in run.upscalers if label != "student"}
+    if run.teacher and scores["teacher"] < scores["bicubic"]:
+        data.note("the teacher is below bicubic: is it a GAN's, or of another mean or range?")
+    print("held-out PSNR:", ", ".join(f"{label} {psnr:.2f} dB" for label, psnr in scores.items()))
     print("loss    L =", equation(run.weights))
     print(f"run     {out}: {args.steps} steps of {args.batch} on {run.device} in {run.precision}")
-    return bicubic_psnr
+    return scores["bicubic"]
 
 
 @torch.compiler.set_stance("force_eager")
@@ -517,12 +518,8 @@ def finish(run, out, bicubic_psnr):
         print(f"stopped after step {run.step} of {run.args.steps}; "
               f"go on with: python train.py --resume {folder}")
         return
-    upscalers = dict(bicubic=evaluate.bicubic_upscaler(run.scale))
-    if run.teacher:
-        upscalers["teacher"] = evaluate.network_upscaler(run.teacher)
-    upscalers["student"] = evaluate.network_upscaler(run.ema)
     _, lr, hr = run.held_out[0]
-    evaluate.write_figure(out / "compare.png", upscalers, lr, hr, run.scale)
+    evaluate.write_figure(out / "compare.png", run.upscalers, lr, hr, run.scale)
     print(f"held-out PSNR: bicubic {bicubic_psnr:.2f} dB, student {run.psnr:.2f} dB (best {run.best:.2f})")
     print(f"in {out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
 

@@ -158,7 +158,8 @@ def test_the_best_averaged_weights_are_kept(settings):
     assert scores[-1] < max(scores) == pytest.approx(run.best, abs=1e-4)
     for name, score in (("best", max(scores)), ("student", scores[-1])):
         network = models.load(out / f"{name}.pt")
-        assert run.score(train.evaluate.network_upscaler(network), name) == pytest.approx(score, abs=1e-4)
+        run.upscalers[name] = train.evaluate.network_upscaler(network)
+        assert run.score(name) == pytest.approx(score, abs=1e-4)
     assert equal(network.parameters(), run.averaged)
 
 
@@ -216,7 +217,7 @@ def test_a_denied_write_is_made_up_for(settings, monkeypatch, capsys):
             raise PermissionError(13, "Permission denied", str(path))
     given = dict(steps=4, val_every=1)
     replace = os.replace
-    monkeypatch.setattr(train.Run, "score", lambda run, make, label: float(run.step))
+    monkeypatch.setattr(train.Run, "score", lambda run, label: float(run.step))
     monkeypatch.setattr(os, "replace", lambda a, b: (deny(b), replace(a, b)))
     monkeypatch.setattr(train, "open", lambda path, mode, **more: (deny(path), open(path, mode, **more))[1],
                         raising=False)
@@ -550,7 +551,7 @@ def test_on_a_gpu_the_recorded_step_gives_the_plain_one(settings, monkeypatch, f
         expected, found = results(plain, 8, optimise), results(recorded, 8, optimise, step)
         tolerance = 1e-3 if precision == "float32" else 2e-2
         assert (found - expected).norm() < tolerance * expected.norm()
-        recorded.score(train.evaluate.network_upscaler(recorded.ema), "student")
+        recorded.score("student")
 
 
 @needs_gpu
