@@ -154,11 +154,12 @@ def learning_rate(step, args):
     return args.lr * 0.1 ** sum(step >= milestone * args.steps for milestone in (0.4, 0.8))
 
 
-def average_over_processes(tensors, world):
-    """Gives each of `world` processes the mean of each tensor, with one exchange."""
+def average_over_processes(tensors):
+    """Gives each process the mean of each tensor, with one exchange."""
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
-    for t, mean in zip(tensors, (flat / world).split([t.numel() for t in tensors])):
+    flat /= dist.get_world_size()
+    for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
         t.copy_(mean.view_as(t))
 
 
@@ -193,7 +194,7 @@ def train(args, command="python train.py"):
             window.append(step(lr, hr))  # (k,)
             if run.world > 1:
                 gradients = [w.grad for w in run.parameters if w.grad is not None]
-                average_over_processes([window[-1], *gradients], run.world)
+                average_over_processes([window[-1], *gradients])
             rate = learning_rate(run.step, args)
             run.optimizer.param_groups[0]["lr"] = rate
             run.optimizer.step()
@@ -557,11 +558,10 @@ def attempt(write, *arguments):
 
 def any_process_has(signals, run):
     """Whether a signal came to any process. They ask each other, so that all stop after the same step."""
-    if run.world == 1:
-        return len(signals) > 0
-    share = torch.tensor([float(len(signals))], device=run.device)
-    average_over_processes([share], run.world)
-    return share.item() > 0
+    count = torch.tensor(len(signals), device=run.device)
+    if run.world > 1:
+        dist.all_reduce(count)
+    return count.item() > 0
 
 
 def fast_step(run, pair):
