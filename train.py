@@ -135,7 +135,7 @@ def equation(weights):
 
 def forward_backward(run, lr, hr):
     """Computes L of the pairs, and leaves its gradient in .grad of the student's weights. Returns each term
-    times its λ, and their sum, (k,), without gradient. On CUDA, `Recorded` replays all of it."""
+    times its λ, and their sum, (k,), without gradient. On CUDA, `recorded` replays all of it."""
     args = run.args
     with torch.autocast(lr.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
         terms = dukd.losses(run.student, run.teacher, lr, hr, run.weights, crops=args.crops, ops=args.ops,
@@ -574,7 +574,7 @@ def fast_step(run, pair):
             compile_blocks(run, pair)
         step(*pair)
         if run.args.compile == "graph":
-            step = Recorded(step, pair)
+            step = recorded(step, pair)
         torch.backends.cudnn.benchmark = False  # it would search anew for each size of held-out picture
     return step
 
@@ -595,41 +595,35 @@ def compile_blocks(run, pair):
             del block.forward
 
 
-class Recorded:
+def recorded(step, pair):
     """A step as one CUDA graph, which is launched at once instead of kernel by kernel.
     A call copies its pair, I_LR and I_HR, into the recorded one. Replays draw anew: the generator is seeded
     before each step. Gradients stay where they were recorded: a replay runs no Python, so no zero_grad.
     A teacher that reads values from the GPU cannot be recorded, and a failed recording spoils the process. So
-    the program starts anew without recording; where it cannot, there is an InputError."""
+    the program starts anew without recording. InputError where it cannot: where train.py is not the program,
+    or is one of several processes, and on Windows, whose shell would not wait."""
+    for _ in range(3):  # the libraries choose their algorithms
+        step(*pair)
+    graph = torch.cuda.CUDAGraph()
+    gc.disable()  # memory that is freed meanwhile would spoil the recording
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            result = step(*pair)
+    except RuntimeError:
+        traceback.print_exc()  # the first error in it is the cause
+        if __name__ == "__main__" and not dist.is_initialized() and os.name != "nt":
+            data.note("starting anew with --compile blocks")
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "--compile", "blocks"])
+        raise InputError("the step cannot be recorded (see above): give --compile blocks") from None
+    finally:
+        gc.enable()
 
-    def __init__(self, step, pair):
-        for _ in range(3):  # the libraries choose their algorithms
-            step(*pair)
-        self.pair, self.graph = pair, torch.cuda.CUDAGraph()
-        gc.disable()  # memory that is freed meanwhile would spoil the recording
-        try:
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                self.result = step(*pair)
-        except RuntimeError:
-            traceback.print_exc()  # the first error in it is the cause
-            start_anew("--compile", "blocks")
-            raise InputError("the step cannot be recorded (see above): give --compile blocks") from None
-        finally:
-            gc.enable()
-
-    def __call__(self, *pair):
-        for recorded, new in zip(self.pair, pair):
-            recorded.copy_(new)
-        self.graph.replay()
-        return self.result.clone()
-
-
-def start_anew(*words):
-    """Starts the program again with further words. Does nothing where train.py is not the program, or is one
-    of several processes, and on Windows, whose shell would not wait."""
-    if __name__ == "__main__" and os.environ.get("WORLD_SIZE", "1") == "1" and os.name != "nt":
-        data.note(f"starting anew with {' '.join(words)}")
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *words])
+    def replay(*new_pair):
+        for old, new in zip(pair, new_pair):
+            old.copy_(new)
+        graph.replay()
+        return result.clone()
+    return replay
 
 
 def main(argv):
