@@ -448,18 +448,16 @@ def new_folder(args, scale):
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         try:
-            open(Path(args.out, "log.csv"), "x").close()
+            Path(args.out, "log.csv").touch(exist_ok=False)
         except FileExistsError:
             raise InputError(f"{args.out} was taken by another run meanwhile: give another --out") from None
         return Path(args.out)
     name = f"runs/{args.method}_{args.student}_x{scale}"
     for number in itertools.count(1):
         path = Path(name if number == 1 else f"{name}_{number}")
-        try:
+        with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
             return path
-        except FileExistsError:
-            continue
 
 
 def write_config(run, out, command):
