@@ -474,11 +474,10 @@ def begin_log(run, out):
     """Writes log.csv: its head and, of a resumed run, the rows up to the checkpoint's step."""
     log = out / "log.csv"
     rows = [",".join(["step", "lr", *run.weights, "total", "val_psnr", "ms"]) + "\n"]
-    if log.exists():
-        for row in log.read_text(errors="replace").splitlines(keepends=True)[1:]:
-            step = row.split(",")[0]
-            if row.endswith("\n") and step.isdigit() and int(step) <= run.step:
-                rows.append(row)
+    known = log.read_text(errors="replace") if log.exists() else ""
+    for row, step in re.findall("^(([0-9]+),.*\n)", known, re.MULTILINE):  # whole lines that count a step
+        if int(step) <= run.step:
+            rows.append(row)
     models.replace_file(log, "".join(rows).encode())
 
 
