@@ -527,21 +527,19 @@ def caught_signals():
     """Yields a list that gets the number of a signal that asks the program to end: Ctrl-C, SIGTERM, a closed
     terminal's SIGHUP, a cluster's SIGUSR1. A second one ends it at once. What is ignored, as SIGHUP under
     nohup, stays so. In a thread other than the main one, Python allows no signals."""
-    caught, before = [], {}
+    caught = []
 
     def handle(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows has two of them
-            if number and signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, handle)
-    try:
+    with contextlib.ExitStack() as undo:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+                number = getattr(signal, name, None)  # Windows has two of them
+                if number and signal.getsignal(number) != signal.SIG_IGN:
+                    before = signal.signal(number, handle)
+                    undo.callback(signal.signal, number, before)
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def attempt(write, *arguments):
