@@ -45,7 +45,7 @@ MAY_CHANGE = {"resume", "teacher", "data", "val", "cache", "device", "compile", 
 # How long torchrun's processes wait for each other: at the start; in training, while the first one scores.
 RENDEZVOUS, SCORING = datetime.timedelta(minutes=10), datetime.timedelta(hours=5)
 
-WEIGHT, COUNT, SIZE = between(0, 1e6), between(1, 10**9, int), between(1, 10**4, int)
+SIZE = between(1, 10**4, int)
 OPERATIONS = list(dukd.InvertibleAugmentation.OPERATIONS)
 
 
@@ -82,7 +82,7 @@ def parse(argv):
     add("--out", type=FILE, metavar="DIR", default="", help="[a new runs/METHOD_STUDENT_xSCALE]")
 
     add = group("training").add_argument
-    add("--steps", type=COUNT, default=250_000, help="updates of the whole run [%(default)s]")
+    add("--steps", type=between(1, 10**9, int), default=250_000, help="updates of the whole run [%(default)s]")
     add("--batch", type=SIZE, default=16, help="pairs in an update, in all [%(default)s]")
     add("--patch", type=SIZE, default=48, help="LR patch, pixels; HR: s times that [%(default)s]")
     add("--lr", type=between(1e-12, 1), default=1e-4, help="Adam's rate at first [%(default)s]")
@@ -93,7 +93,7 @@ def parse(argv):
 
     add = group("the loss: the weight λ of each term (0: off), and what the terms see").add_argument
     for term, formula in dukd.TERMS.items():
-        add(f"--lambda-{term.replace('_', '-')}", type=WEIGHT, help=f"{formula} [%(default)s]")
+        add(f"--lambda-{term.replace('_', '-')}", type=between(0, 1e6), help=f"{formula} [%(default)s]")
     add("--crops", type=SIZE, default=1, help="zoom-in crops of each HR patch [%(default)s]")
     add("--p", type=between(0, 1), default=0.3, help="probability of each operation [%(default)s]")
     add("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="operations of F [all]")
@@ -622,9 +622,8 @@ def recorded(step, pair):
 
 
 def main(argv):
-    with evaluate.command_line():
-        with contextlib.redirect_stdout(evaluate.Lasting(sys.stdout)):
-            train(parse(argv), command=shlex.join(["python", "train.py", *argv]))
+    with evaluate.command_line(), contextlib.redirect_stdout(evaluate.Lasting(sys.stdout)):
+        train(parse(argv), command=shlex.join(["python", "train.py", *argv]))
 
 
 if __name__ == "__main__":
