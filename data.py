@@ -54,14 +54,13 @@ def read_image(path):
         raise InputError(f"{path} is missing, or is not a file")
     try:
         with Image.open(path) as file:
-            frames = getattr(file, "n_frames", 1)
-            previews = file.format == "MPO"  # a JPEG with further pictures
+            frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # MPO: a JPEG with previews
             layout = f"{file.mode} {file.tile}"  # tells of 16 bits, which Pillow would cut off to 8
             transparent = file.has_transparency_data
             image = np.array(ImageOps.exif_transpose(file).convert("RGB"))
     except Exception as e:  # Pillow raises a dozen kinds for broken files
         raise InputError(f"{path} is not a readable image ({str(e)[:100] or type(e).__name__})") from None
-    if frames > 1 and not previews:
+    if frames > 1:
         raise InputError(f"{path} holds {frames} frames; split it into single pictures")
     # modes I and F; raw modes such as RGB;16B, but not BGR;16 (5 bits a colour); PPM's ('RGB', 4095))]
     if re.match("[IF]", layout) or re.search("(?<!BGR);1[26]|ppm.*[0-9]{4}\\)\\)", layout):
