@@ -100,11 +100,11 @@ def find_hr(places):
     """`find_images` for HR. InputError where a folder has a picture twice: as a_HR and a_LR, or as a and a_x4.
     tile_x1 beside tile_x2, and fox1 beside fox3, are two pictures."""
     kind, size = "[_-](HR|LR|LRBI|SR|GT)(x?[2348])?", "[_-]?x[2348]"
-    images, names, found = find_images(places), {}, {}
+    images, named, found = find_images(places), [], {}
     for path in images:
-        names[path] = re.sub(f"(?<=.){kind}(?=({size})?$)", "", composed(path.stem), flags=re.IGNORECASE)
-    for path in sorted(images, key=names.get):  # a comes before a_x4
-        name = names[path]
+        name = re.sub(f"(?<=.){kind}(?=({size})?$)", "", composed(path.stem), flags=re.IGNORECASE)
+        named.append((name, path))
+    for name, path in sorted(named):  # a comes before a_x4
         for key in (name, re.sub(f"(?<=.){size}$", "", name)):
             if twin := found.get((path.parent, key)):
                 raise InputError(f"{twin} and {path} look like one picture twice, such as HR and LR: keep HR "
