@@ -54,7 +54,7 @@ def read_image(path):
         raise InputError(f"{path} is missing, or is not a file")
     try:
         with Image.open(path) as file:
-            frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # MPO: a JPEG with previews
+            frames = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # MPO has previews
             layout = f"{file.mode} {file.tile}"  # tells of 16 bits, which Pillow would cut off to 8
             transparent = file.has_transparency_data
             image = np.array(ImageOps.exif_transpose(file).convert("RGB"))

@@ -45,7 +45,7 @@ MAY_CHANGE = {"resume", "teacher", "data", "val", "cache", "device", "compile", 
 # How long torchrun's processes wait for each other: at the start; in training, while the first one scores.
 RENDEZVOUS, SCORING = datetime.timedelta(minutes=10), datetime.timedelta(hours=5)
 
-SIZE = between(1, 10**4, int)
+COUNT, SIZE = between(1, 10**9, int), between(1, 10**4, int)
 OPERATIONS = list(dukd.InvertibleAugmentation.OPERATIONS)
 
 
@@ -82,7 +82,7 @@ def parse(argv):
     add("--out", type=FILE, metavar="DIR", default="", help="[a new runs/METHOD_STUDENT_xSCALE]")
 
     add = group("training").add_argument
-    add("--steps", type=between(1, 10**9, int), default=250_000, help="updates of the whole run [%(default)s]")
+    add("--steps", type=COUNT, default=250_000, help="updates of the whole run [%(default)s]")
     add("--batch", type=SIZE, default=16, help="pairs in an update, in all [%(default)s]")
     add("--patch", type=SIZE, default=48, help="LR patch, pixels; HR: s times that [%(default)s]")
     add("--lr", type=between(1e-12, 1), default=1e-4, help="Adam's rate at first [%(default)s]")
@@ -165,8 +165,7 @@ def average_over_processes(tensors):
 
 def train(args, command="python train.py"):
     """One run, from settings to a student in its folder. Returns the Run, and the folder (None in all but the
-    first process of torchrun). InputError or OSError for settings or files that cannot be used. SystemExit
-    where a signal stopped it."""
+    first process of torchrun). SystemExit where a signal stopped it."""
     run = Run(args)
     pair = run.patches[run.step]
     try:  # a step whose gradients are not used: what cannot work ends here, before a folder is made
@@ -237,8 +236,7 @@ def train(args, command="python train.py"):
 
 
 class Run:
-    """Networks, pictures and device of a run. Training changes the student, its average (EMA), and `step`,
-    `psnr`, `best` and `saved`."""
+    """Networks, pictures and device of a run, and where it stands: `step`, `psnr`, `best` and `saved`."""
 
     def __init__(self, args):
         self.args = args
@@ -321,8 +319,7 @@ class Run:
         return scores["psnr"]
 
     def check_finite(self, loss):
-        """InputError where the loss or a weight is NaN or infinite. L1's gradient at a NaN is 0, so weights
-        alone could look fine."""
+        """InputError for a NaN or an infinity. L1's gradient at a NaN is 0, so the weights may look fine."""
         norm = torch.nn.utils.get_total_norm(self.parameters)
         if not (math.isfinite(loss) and norm.isfinite()):
             raise InputError(f"the loss or the weights are not finite after step {self.step}. last.ckpt, if "
