@@ -97,7 +97,7 @@ def images_in(folder):
 
 
 def find_hr(places):
-    """`find_images` for HR. InputError where a folder has a picture twice: as a_HR and a_LR, or as a and a_x4.
+    """`find_images` for HR. InputError where a folder has a picture twice: a_HR and a_LR, or a and a_x4.
     tile_x1 beside tile_x2, and fox1 beside fox3, are two pictures."""
     kind, size = "[_-](HR|LR|LRBI|SR|GT)(x?[2348])?", "[_-]?x[2348]"
     images, named, found = find_images(places), [], {}
