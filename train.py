@@ -213,9 +213,9 @@ def train(args, command="python train.py"):
             if run.rank == 0:
                 if validating:
                     run.psnr = run.score("student")
-                row = [f"{run.step}", f"{rate:.3g}", *[f"{mean:.8g}" for mean in means]]
-                row += [f"{run.psnr:.4f}" if validating else "", f"{ms:.2f}"]
-                rows.append(",".join(row) + "\n")
+                terms = ",".join(f"{mean:.8g}" for mean in means)
+                val_psnr = f"{run.psnr:.4f}" if validating else ""
+                rows.append(f"{run.step},{rate:.3g},{terms},{val_psnr},{ms:.2f}\n")
                 attempt(add_rows, out, rows)
                 if validating:
                     attempt(run.save, out, True)
@@ -470,7 +470,7 @@ def write_config(run, out, command):
 def begin_log(run, out):
     """Writes log.csv: its head and, of a resumed run, the rows up to the checkpoint's step."""
     log = out / "log.csv"
-    rows = [",".join(["step", "lr", *run.weights, "total", "val_psnr", "ms"]) + "\n"]
+    rows = [f"step,lr,{','.join(run.weights)},total,val_psnr,ms\n"]
     known = log.read_text(errors="replace") if log.exists() else ""
     for row, step in re.findall("^(([0-9]+),.*\n)", known, re.MULTILINE):  # whole lines that count a step
         if int(step) <= run.step:
