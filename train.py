@@ -165,7 +165,7 @@ def average_over_processes(tensors):
 
 def train(args, command="python train.py"):
     """One run, from settings to a student in its folder. Returns the Run, and the folder (None in all but the
-    first process of torchrun). SystemExit where a signal stopped it."""
+    first process of torchrun). InputError or OSError for what cannot be used; SystemExit after a signal."""
     run = Run(args)
     pair = run.patches[run.step]
     try:  # a step whose gradients are not used: what cannot work ends here, before a folder is made
