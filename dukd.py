@@ -5,7 +5,7 @@ are made out of them. Only the teacher can label a new input. The paper's loss, 
 
     L = L_rec + λ_kd·L_kd + λ_dukd·L_dukd
 
-`losses` computes each term of it, and trains in train.py. L_rec is the term rec, L_kd is kd, L_dukd is
+`losses` computes its terms, and train.py trains with it. L_rec is the term rec, L_kd is kd, L_dukd is
 zoom_in + zoom_out + zoom_out_rec: see TERMS.
 
 F is an invertible augmentation: it flips, transposes, inverts colours. In zoom-in, the student sees F(z)

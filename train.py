@@ -58,8 +58,8 @@ def run_folder(text):
 
 
 def parse(argv):
-    """The command line as argparse's namespace. What is typed counts more than the run to --resume, which
-    counts more than --quick, then --method, then the built-in defaults."""
+    """The command line as argparse's namespace. Typed flags win, then the run to --resume, then --quick, then
+    --method, then the built-in defaults."""
     methods = "the weights of each --method:"
     for name, weights in dukd.METHODS.items():
         methods += f"\n  {name:8} L = {equation(weights)}"
@@ -134,8 +134,8 @@ def equation(weights):
 
 
 def forward_backward(run, lr, hr):
-    """Computes L of the pairs, and leaves its gradient in .grad of the student's weights. Returns each term
-    times its λ, and their sum, (k,), without gradient. On CUDA, `recorded` replays all of it."""
+    """Computes L of the pairs, and leaves its gradient in .grad of the student's weights. Returns (k,),
+    detached: each term times its λ, then their sum. On CUDA, `recorded` replays all of it."""
     args = run.args
     with torch.autocast(lr.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
         terms = dukd.losses(run.student, run.teacher, lr, hr, run.weights, crops=args.crops, ops=args.ops,
@@ -230,7 +230,7 @@ def train(args, command="python train.py"):
             add_rows(out, rows)  # last: it fails where log.csv is still denied
     if run.world > 1:
         dist.destroy_process_group()
-    if signals and run.step < args.steps:  # a process without a signal of its own ends quietly
+    if signals and run.step < args.steps:  # a process that got no signal just returns
         raise SystemExit(128 + signals[0])
     return run, out
 
@@ -277,11 +277,11 @@ class Run:
         self.upscalers = dict(bicubic=evaluate.bicubic_upscaler(self.scale))
         if teacher:
             self.upscalers["teacher"] = evaluate.network_upscaler(self.teacher)
-        self.upscalers["student"] = evaluate.network_upscaler(self.ema)
+        self.upscalers["student"] = evaluate.network_upscaler(self.ema)  # its average is scored
         self.parameters, self.averaged = list(self.student.parameters()), list(self.ema.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, betas=(0.9, 0.99), fused=True)
         self.val_every = args.val_every or max(1, min(args.steps // 10, 5000))
-        self.log_every = 10 if self.device.type == "cuda" else 1  # a look at the terms makes a GPU wait
+        self.log_every = 10 if self.device.type == "cuda" else 1  # reading the terms waits for a GPU
         self.step, self.psnr, self.best = 0, math.nan, -math.inf  # psnr, best: held-out
         self.saved = None  # the step of last.ckpt
         if checkpoint:
@@ -541,7 +541,7 @@ def caught_signals():
 
 def attempt(write, *arguments):
     """Writes. Where that is denied, as while Excel has log.csv open, training goes on. The next write brings
-    what is missing; only at the end a denied one is an error."""
+    the missing rows, or newer weights. Only at the end a denied one is an error."""
     try:
         write(*arguments)
     except PermissionError as e:

@@ -303,12 +303,14 @@ def parts_of(arm):
     return study or "", method, int(steps.replace(",", "")) if steps else None
 
 
+TIME = {"scratch": 0.64, "zoom-in": 2, "DUKD": 2}  # of a step, in KD's; with half or a quarter of the pairs 1
+
+
 def rival(arm, method="KD", equal_time=False):
-    """The arm with which another is compared: that method for as many steps. Or for as much time: a step of
-    zoom-in or DUKD takes that of two of KD. With half or a quarter of the pairs it takes that of one."""
+    """The arm with which another is compared: that method for as many steps, or for as much time."""
     study, own, steps = parts_of(arm)
-    if equal_time and own in ("zoom-in", "DUKD"):
-        steps = 2 * steps
+    if equal_time:
+        steps = round(TIME.get(own, 1) * steps)
     return f"{study}{method}, {steps:,} steps" if steps else method
 
 
@@ -340,15 +342,17 @@ PAYS = [("scratch", "scratch", 1, "0.6"), ("KD", "KD", 1, "1"), ("KD for twice t
 
 def pays():
     """The lines of the README's table: B100 and Set5 of each method after its time, by study Q."""
-    yield "| method | time | 8 photographs: B100 | Set5 | 881 photographs: B100 | Set5 |"
-    yield "|---" * 6 + "|"
+    sets = ((8, 2400), (128, 2400), (ALL, 10_000))  # photographs, KD's steps
+    heads = [f"{n} photographs: B100 | Set5" for n, _ in sets]
+    yield f"| method | time | {' | '.join(heads)} |"
+    yield "|---" * (2 + 2 * len(sets)) + "|"
     rows = json.loads((RESULTS / "edsr_baseline.json").read_text())["evaluation"]["results"]
     for label, file in (("bicubic", "bicubic"), ("the teacher, `edsr_baseline.pt`", "edsr_baseline.pt")):
         b100, set5 = rows[file]["B100"]["psnr"], rows[file]["Set5"]["psnr"]
-        yield f"| {label} | – | {b100:.3f} | {set5:.2f} | {b100:.3f} | {set5:.2f} |"
+        yield f"| {label} | – |" + f" {b100:.3f} | {set5:.2f} |" * len(sets)
     for label, arm, share, time_taken in PAYS:
         cells = []
-        for n, steps in ((8, 2400), (ALL, 10_000)):
+        for n, steps in sets:
             for name, digits in (("B100", 3), ("Set5", 2)):
                 found = [*psnrs(lasting(arm, share * steps, "Q"), n, "best", name).values()]
                 cells.append(spread(found, digits) if found else "–")
