@@ -108,7 +108,7 @@ def find_hr(places):
         for key in (name, re.sub(f"(?<=.){size}$", "", name)):
             if twin := found.get((path.parent, key)):
                 raise InputError(f"{twin} and {path} look like one picture twice, such as HR and LR: keep HR "
-                                "in a folder of its own")
+                                 "in a folder of its own")
         found[path.parent, name] = path
     return images
 

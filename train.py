@@ -323,7 +323,7 @@ class Run:
         norm = torch.nn.utils.get_total_norm(self.parameters)
         if not (math.isfinite(loss) and norm.isfinite()):
             raise InputError(f"the loss or the weights are not finite after step {self.step}. last.ckpt, if "
-                              "any, is older, and good. A lower --lr or --precision float32 may help")
+                             "any, is older, and good. A lower --lr or --precision float32 may help")
 
 
 def join_processes(device):
@@ -335,7 +335,7 @@ def join_processes(device):
     except (RuntimeError, ValueError) as e:  # the environment lacks a variable; a process is missing
         reason = str(e).splitlines()[0]
         raise InputError(f"WORLD_SIZE is set, but there is no group of processes ({reason}): start with "
-                          "torchrun, or unset WORLD_SIZE for one process") from None
+                         "torchrun, or unset WORLD_SIZE for one process") from None
     backend = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
     dist.init_process_group(store=store, rank=rank, world_size=world, timeout=SCORING, **backend)
     if rank > 0:
@@ -365,13 +365,13 @@ def check_settings(args, weights, teacher, rank, world):
         raise InputError(f"{args.teacher} is for x{teacher.scale}, not x{args.scale}: leave --scale out")
     if teacher and not teacher.taps and weights.keys() & {"fitnet", "at", "fakd"}:
         raise InputError(f"a teacher of {teacher.config['arch']} has no feature maps here: fitnet, at and "
-                          "fakd need EDSR, RCAN or SwinIR")
+                         "fakd need EDSR, RCAN or SwinIR")
     if args.batch % world:
         raise InputError(f"--batch {args.batch} cannot be shared by {world} processes")
     empty = os.path.isdir(args.out) and not os.listdir(args.out)
     if rank == 0 and not args.resume and os.path.lexists(args.out) and not empty:
         raise InputError(f"{args.out} is not empty: give another --out. A run there goes on with "
-                          f"--resume {args.out}")
+                         f"--resume {args.out}")
 
 
 def choose_pictures(args):
@@ -396,7 +396,7 @@ def read_config(folder):
         return about
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise InputError(f"--resume {folder}: no run is there, as its config.json is missing, damaged or of "
-                          "another version of train.py: start a new run in another folder") from None
+                         "another version of train.py: start a new run in another folder") from None
 
 
 def read_checkpoint(folder, identity):
@@ -408,7 +408,7 @@ def read_checkpoint(folder, identity):
         if before != now:
             others = sorted({*before} ^ {*now}) or ["the order"]
             raise InputError(f"{folder} is another run: {name} differs in {', '.join(others)[:99]}. For "
-                              "files that have moved, give --data, --val or --teacher anew")
+                             "files that have moved, give --data, --val or --teacher anew")
     state = models.read_file(last) if last.exists() else None
     if state and "optimizer" not in state:
         raise InputError(f"{last} is not the checkpoint of a run")
@@ -432,7 +432,7 @@ def build_student(args, teacher, scale):
         if name not in fitting and not name.startswith("upsample"):
             theirs = list(found[name].shape) if name in found else "missing"
             raise InputError(f"--init {args.init} does not fit the student: {name} is {theirs} there, and "
-                              f"{list(own[name].shape)} here ({models.describe(given.config)})")
+                             f"{list(own[name].shape)} here ({models.describe(given.config)})")
     student.load_state_dict(fitting, strict=False)
     print(f"init    {len(fitting)} of the student's {len(own)} tensors come from {args.init}, which has "
           f"{len(found)}")
