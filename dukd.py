@@ -204,6 +204,7 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
     student sees both in one batch."""
     on = {term for term, weight in weights.items() if weight}
     feature_terms = on & {"fitnet", "at", "fakd"}
+    taps = list(taps) if feature_terms else []
     if unknown := weights.keys() - {*TERMS}:
         raise ValueError(f"unknown term '{min(unknown)}'; known: {', '.join(TERMS)}")
     if teacher is None and on - {"rec", "zoom_out_rec"}:
@@ -238,7 +239,6 @@ def losses(student, teacher, lr, hr, weights, crops=1, ops=InvertibleAugmentatio
     if "zoom_out" in on:
         to_teacher["z_out"] = z_out
 
-    taps = taps if feature_terms else ()
     with torch.no_grad():
         f_t, maps_t = forward(teacher, scale, to_teacher, [module for _, module in taps])
     f_s, maps_s = forward(student, scale, to_student, [module for module, _ in taps])

@@ -370,8 +370,8 @@ def check_settings(args, weights, teacher, rank, world):
         raise InputError(f"--batch {args.batch} cannot be shared by {world} processes")
     empty = os.path.isdir(args.out) and not os.listdir(args.out)
     if rank == 0 and not args.resume and os.path.lexists(args.out) and not empty:
-        raise InputError(f"{args.out} is not empty: give another --out. A run there goes on with "
-                         f"--resume {args.out}")
+        raise InputError(f"{args.out} is not an empty folder: give another --out. If a run is there, it goes "
+                         f"on with --resume {args.out}")
 
 
 def choose_pictures(args):
@@ -384,7 +384,7 @@ def choose_pictures(args):
     held_out = {path.resolve() for path in val_paths}
     train_paths = [path for path in train_paths if path.resolve() not in held_out]
     if not train_paths:
-        raise InputError("no picture is left besides the held-out ones: name others with --val")
+        raise InputError("all pictures are held out, and none is left to train on: name others with --val")
     return train_paths, val_paths
 
 
@@ -409,8 +409,10 @@ def read_checkpoint(folder, identity):
             others = sorted({*before} ^ {*now}) or ["the order"]
             raise InputError(f"{folder} is another run: {name} differs in {', '.join(others)[:99]}. For "
                              "files that have moved, give --data, --val or --teacher anew")
-    state = models.read_file(last) if last.exists() else None
-    if state and "optimizer" not in state:
+    if not last.exists():
+        return None
+    state = models.read_file(last)
+    if not isinstance(state, dict) or "optimizer" not in state:
         raise InputError(f"{last} is not the checkpoint of a run")
     return state
 
@@ -522,8 +524,8 @@ def finish(run, out, bicubic_psnr):
 @contextlib.contextmanager
 def caught_signals():
     """Yields a list that gets the number of a signal that asks the program to end: Ctrl-C, SIGTERM, a closed
-    terminal's SIGHUP, a cluster's SIGUSR1. A second one ends it at once. What is ignored, as SIGHUP under
-    nohup, stays so. In a thread other than the main one, Python allows no signals."""
+    terminal's SIGHUP, a cluster's SIGUSR1. The same one again ends it at once. What is ignored stays so, as
+    SIGHUP under nohup. In a thread other than the main one, Python allows no signals."""
     caught = []
 
     def handle(number, frame):

@@ -69,8 +69,9 @@ RUN_MISTAKES = [  # what follows NEW, and what the line names
     ("--ops hflip hflip", "an operation is named twice"),
     ("--method scratch --lambda-rec 0", "nothing to learn from"),
     ("--stpes 3", "unrecognized arguments: --stpes 3"),
-    ("--out file.txt", "file.txt is not empty"),
-    ("--out run", "run is not empty: give another --out. A run there goes on with --resume run"),
+    ("--out file.txt", "file.txt is not an empty folder"),
+    ("--out run", "run is not an empty folder: give another --out. If a run is there, it goes on with "
+                  "--resume run"),
     ("--out file.txt/new --data train --val val", "file.txt/new cannot be read or written: Not a directory"),
     ("--teacher= --data train --val val", "kd needs a teacher"),
     ("--teacher= --method scratch --student small", "--student small needs a --teacher"),

@@ -185,7 +185,7 @@ def test_terms_are_the_papers_equations_and_methods_are_sums_of_them(augment_zoo
     student, teacher, taps, lr, hr = setting()
 
     def terms_of(weights):
-        return dukd.losses(student, teacher, lr, hr, weights, crops=2, p=0.5, taps=taps,
+        return dukd.losses(student, teacher, lr, hr, weights, crops=2, p=0.5, taps=iter(taps),
                            augment_zoom_out=augment_zoom_out, generator=seeded(3))
     draw = seeded(3)
     z_in = zoom_in(hr.repeat_interleave(2, 0), 8, draw)

@@ -278,8 +278,10 @@ def test_what_shapes_a_run_may_not_change(stopped, capsys):
 
 
 def test_files_that_are_not_of_such_a_run_are_refused(stopped, capsys):
-    shutil.copy("edsr_x4.pt", stopped / "last.ckpt")
-    assert "is not the checkpoint of a run" in refusal(capsys, "--resume", stopped)
+    torch.save(torch.ones(2), "tensor.pt")
+    for file in ("edsr_x4.pt", "tensor.pt"):
+        shutil.copy(file, stopped / "last.ckpt")
+        assert "is not the checkpoint of a run" in refusal(capsys, "--resume", stopped)
     about = train.read_config("run")
     del about["settings"]["lambda_rec"]
     for content in (about, {}, [1], dict(settings=about["settings"])):
