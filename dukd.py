@@ -153,7 +153,7 @@ class InvertibleAugmentation:
     def invert(self, y):
         """F⁻¹(y): y (n,C,·,·), of any size. It undoes F exactly, up to the rounding of 1 − x. ValueError as
         in `apply`. Each operation is its own inverse, so F⁻¹ is F with the operations in reverse order."""
-        return InvertibleAugmentation(self.ops[::-1], self.masks.flip(0)).apply(y)
+        return InvertibleAugmentation(self.ops[::-1], reversed(self.masks)).apply(y)
 
 
 # The feature losses compare a feature map of the student, m_S (N,c_S,h,w), with one of the teacher's, m_T
