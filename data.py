@@ -142,7 +142,8 @@ def read_pair(path, scale, least=1, cache=None):
         files = [Path(cache, f"{name}_{part}.npy") for part in ("lr", "hr")]
     try:
         lr, hr = [np.lib.format.open_memmap(file, mode="r") for file in files]
-    except (OSError, ValueError):  # no cache, no file, or no whole .npy file
+    except (OSError, ValueError, SystemError):  # no cache, no file, no whole .npy file; see below
+        # SystemError: NumPy reads the head by Python's parser, which in 3.11 may fail in threads
         hr = read_image(path)
         hr = np.ascontiguousarray(hr[:hr.shape[0] // scale * scale, :hr.shape[1] // scale * scale])
         lr = imresize(hr, 1 / scale)

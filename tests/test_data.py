@@ -323,6 +323,16 @@ def test_a_damaged_cache_is_made_anew_at_the_start_and_at_the_draw(tmp_path, pat
         assert same_patches(start(), expected)
 
 
+def test_a_cache_that_the_parser_fails_to_read_is_made_anew(patches, monkeypatch):
+    """In threads, Python 3.11 may say SystemError: AST constructor recursion depth mismatch."""
+    patches()
+
+    def fails(*words, **more):
+        raise SystemError("AST constructor recursion depth mismatch")
+    monkeypatch.setattr(np.lib.format, "open_memmap", fails)
+    assert same_patches(patches(), patches(None))
+
+
 def test_a_bad_image_or_a_full_disk_is_named_and_leaves_no_half_file(tmp_path, files, patches, monkeypatch):
     def full(*names):
         raise OSError(28, "No space left on device")
