@@ -7,10 +7,8 @@ import hashlib
 import io
 import re
 import sys
-import threading
 import unicodedata
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ import skimage.data
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from dukd import bicubic_resize
 from models import InputError, replace_file
@@ -32,16 +31,17 @@ TRAIN = [PHOTOGRAPHS / name for name in (
     "astronaut.png", "brick.png", "camera.png", "grass.png", "gravel.png", "hubble_deep_field.jpg",
     "moon.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg")]
 VAL = [PHOTOGRAPHS / name for name in ("coffee.png", "chelsea.png", "coins.png")]
-NOTES, LOCK = set(), threading.Lock()  # of `note`
+NOTES = set()  # what `note` has printed
 composed = functools.partial(unicodedata.normalize, "NFC")  # ä as one letter: macOS may write it as two
 
 
 def note(text):
     """Prints a note on stderr, each one once, also where several threads have it."""
-    with LOCK:
+    with tqdm.get_lock():
         if text not in NOTES:
-            for bar in [*tqdm._instances]:  # an open bar would share the note's line
-                bar.clear()
+            for bar in [*tqdm._instances]:
+                if hasattr(bar, "start_t"):  # an open bar, which would share the note's line
+                    bar.clear()
             print(f"note: {text}", file=sys.stderr)
         NOTES.add(text)
 
@@ -71,11 +71,20 @@ def read_image(path):
 
 
 def find_images(places):
-    """The image files at `places`: files, and folders, whose images come sorted by name (see `images_in`).
-    A file that is found again, as by a link, is left out with a note. InputError for what is missing."""
+    """The image files at `places`: files, and folders, whose images come sorted by name. Hidden files are
+    passed over. Notes tell of what else a folder has, and of files that are found again, as by a link.
+    InputError for what is missing, and for a folder without images."""
     found, again = {}, 0
     for place in map(Path, places):
-        for path in images_in(place) if place.is_dir() else [place]:
+        paths = [place]
+        if place.is_dir():
+            visible = {path for path in place.iterdir() if path.name[0] != "."}
+            paths = sorted(p for p in visible if p.suffix.lower() in EXTENSIONS and not p.is_dir())
+            if not paths:
+                raise InputError(f"{place} has no images in it (folders inside it are not searched)")
+            if others := visible.difference(paths):
+                note(f"{len(others)} others in {place} are left out, such as {min(others).name}")
+        for path in paths:
             if not path.exists():
                 raise InputError(f"{path} does not exist, or is a link to a file that does not exist")
             again += found.setdefault(path.resolve(), path) != path
@@ -84,32 +93,20 @@ def find_images(places):
     return list(found.values())
 
 
-def images_in(folder):
-    """The image files in a folder, sorted by name. Hidden files are passed over.
-    A note tells of other files and of folders. InputError if there are no images."""
-    visible = {path for path in folder.iterdir() if path.name[0] != "."}
-    images = {path for path in visible if path.suffix.lower() in EXTENSIONS and not path.is_dir()}
-    if not images:
-        raise InputError(f"{folder} has no images in it (folders inside it are not searched)")
-    if others := visible - images:
-        note(f"{len(others)} other files and folders in {folder} are left out, such as {min(others).name}")
-    return sorted(images)
-
-
 def find_hr(places):
     """`find_images` for HR. InputError where a folder has a picture twice: a_HR and a_LR, or a and a_x4.
     tile_x1 beside tile_x2, and fox1 beside fox3, are two pictures."""
     kind, size = "[_-](HR|LR|LRBI|SR|GT)(x?[2348])?", "[_-]?x[2348]"
-    images, named, found = find_images(places), [], {}
+    images, found = find_images(places), {}
     for path in images:
         name = re.sub(f"(?<=.){kind}(?=({size})?$)", "", composed(path.stem), flags=re.IGNORECASE)
-        named.append((name, path))
-    for name, path in sorted(named):  # a comes before a_x4
-        for key in (name, re.sub(f"(?<=.){size}$", "", name)):
-            if twin := found.get((path.parent, key)):
-                raise InputError(f"{twin} and {path} look like one picture twice, such as HR and LR: keep HR "
-                                 "in a folder of its own")
-        found[path.parent, name] = path
+        found.setdefault((path.parent, name), []).append(path)
+    for (folder, name), paths in found.items():
+        plain = re.sub(f"(?<=.){size}$", "", name)
+        twins = paths if plain == name else found.get((folder, plain), []) + paths
+        if len(twins) > 1:
+            raise InputError(f"{twins[0]} and {twins[1]} look like one picture twice, such as HR and LR: "
+                             "keep HR in a folder of its own")
     return images
 
 
@@ -142,13 +139,11 @@ def read_pair(path, scale, least=1, cache=None):
         files = [Path(cache, f"{name}_{part}.npy") for part in ("lr", "hr")]
     try:
         lr, hr = [np.lib.format.open_memmap(file, mode="r") for file in files]
-    except (OSError, ValueError, SystemError):  # no cache, no file, no whole .npy file; see below
-        # SystemError: NumPy reads the head by Python's parser, which in 3.11 may fail in threads
+    except (OSError, ValueError, SystemError):  # no whole .npy files; Python 3.11's parser fails in a thread
         hr = read_image(path)
         hr = np.ascontiguousarray(hr[:hr.shape[0] // scale * scale, :hr.shape[1] // scale * scale])
         lr = imresize(hr, 1 / scale)
         for file, image in zip(files, (lr, hr)):
-            file.parent.mkdir(parents=True, exist_ok=True)
             content = io.BytesIO()
             np.save(content, image)
             replace_file(file, content.getvalue())
@@ -179,15 +174,7 @@ def for_each(paths, function):
             return function(path)
         except InputError as e:
             return e
-    found = []
-    bar = tqdm(desc="reading", total=len(paths), delay=2, leave=False, ncols=80)  # before a thread has a note
-    with bar, ThreadPoolExecutor(4) as pool:
-        try:
-            for result in pool.map(result_or_error, paths):
-                found.append(result)
-                bar.update()
-        finally:
-            pool.shutdown(cancel_futures=True)  # after Ctrl-C, or where the disk is full
+    found = thread_map(result_or_error, paths, max_workers=4, desc="reading", delay=2, leave=False, ncols=80)
     if errors := [str(result) for result in found if isinstance(result, InputError)]:
         raise InputError("; ".join(errors))
     return found
@@ -219,7 +206,10 @@ class Patches:
         corners = torch.rand(self.batch, 2, dtype=torch.float64, generator=draw)  # float32 could round to 1
         turns = torch.randint(8, (self.batch,), generator=draw)
         pairs = [self._cut(self.paths[images[i]], corners[i], int(turns[i])) for i in self.part]
-        return [self._to_device(np.stack(patches)) for patches in zip(*pairs)]
+        batches = [torch.from_numpy(np.stack(patches)) for patches in zip(*pairs)]  # uint8 (N,h,w,3)
+        if self.device.type == "cuda":
+            batches = [x.pin_memory() for x in batches]  # the host does not wait for their copies
+        return [x.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255 for x in batches]
 
     def _cut(self, path, corner, turn):
         """The patches of an image, lr (p,p,3) and hr (s·p,s·p,3), turned alike. corner: (2,) in [0,1)."""
@@ -230,10 +220,3 @@ class Patches:
         lr = np.rot90(lr[top:top + p, left:left + p], turn % 4)
         hr = np.rot90(hr[s * top:s * (top + p), s * left:s * (left + p)], turn % 4)
         return (lr, hr) if turn < 4 else (lr[::-1], hr[::-1])
-
-    def _to_device(self, patches):
-        """uint8 (N,h,w,3) as floats (N,3,h,w) on the device. The host does not wait for a copy to a GPU."""
-        x = torch.from_numpy(patches)
-        if self.device.type == "cuda":
-            x = x.pin_memory()
-        return x.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255

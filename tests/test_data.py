@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import zlib
 from fractions import Fraction
@@ -173,7 +174,7 @@ def test_find_images_sorts_folders_and_says_once_what_it_leaves_out(tmp_path, ca
     for _ in range(2):
         found = data.find_images([str(b / "odd.dat"), a, b])
         assert found == [b / "odd.dat", a / "1.JPG", a / "2.png", b / "0.Tiff"]
-    text = "note: {} other files and folders in {} are left out, such as {}\n"
+    text = "note: {} others in {} are left out, such as {}\n"
     assert capsys.readouterr().err == text.format(3, a, "f.npy") + text.format(1, b, "odd.dat")
     empty, missing = touch(tmp_path / "empty", "readme.txt", ".hidden.png"), tmp_path / "3.png"
     refused(lambda: data.find_images([a, empty]), f"{empty} has no images")
@@ -229,11 +230,17 @@ def test_threads_may_have_notes_while_the_bar_is_made(monkeypatch, capsys):
     make = data.tqdm.__init__
 
     def slowly(bar, *words, **more):
+        half_made.set()
         time.sleep(0.2)
         make(bar, *words, **more)
+
+    def noted(number):
+        half_made.wait()
+        data.note("once")
+    half_made = threading.Event()
     monkeypatch.setattr(data.tqdm, "__init__", slowly)
     data.NOTES.clear()
-    assert data.for_each(range(8), lambda n: data.note("once")) == [None] * 8
+    assert data.for_each(range(8), noted) == [None] * 8
     assert capsys.readouterr().err.count("note: once") == 1
 
 
