@@ -81,9 +81,9 @@ def to_uint8(x):
 
 @torch.no_grad()
 def upscale(model, x, tile=0):
-    """model(x) for x (N,3,h,w) in [0,1] of any size: (N,3,s·h,s·w). Above `tile` LR pixels a side it comes
-    in tiles, with margins around them (0: never). EDSR up to 46 blocks sees no farther than a margin: its
-    tiles equal the whole. Other networks' tiles are blended where they meet."""
+    """model(x) for x (N,3,h,w) in [0,1] of any size: (N,3,s·h,s·w). Above `tile` LR pixels a side (0: never)
+    it comes in tiles with margins. EDSR up to 46 blocks sees no farther than a margin, so its tiles equal the
+    whole. Other networks' tiles are blended."""
     (h, w), s = x.shape[-2:], model.scale
     if tile <= 0 or max(h, w) <= tile:
         return model(x)
@@ -119,14 +119,9 @@ def mean_of_eight(f, x):
     return sum(both(x.flip(dims)).flip(dims) for dims in ((), (-1,), (-2,), (-1, -2))) / 8
 
 
-# An upscaler is a function of LR, uint8 (h,w,3). It returns SR, uint8 (s·h,s·w,3).
-def bicubic_upscaler(scale):
-    """MATLAB's bicubic."""
-    return functools.partial(data.imresize, factor=scale)
-
-
 def network_upscaler(network, tile=TILE, self_ensemble=False):
-    """A network, run on the device of its parameters. tile: as in `upscale`."""
+    """A network as an upscaler: a function from LR, uint8 (h,w,3), to SR, uint8 (s·h,s·w,3). It runs where
+    the network's parameters are. tile: as in `upscale`."""
     def upscaler(lr):
         x = to_tensor(lr, next(network.parameters()).device)
         f = functools.partial(upscale, network, tile=tile)
@@ -219,7 +214,7 @@ def write_figure(target, upscalers, lr, hr, scale):
     """Writes the `figure` of HR and of what each upscaler {label: upscaler} makes of LR."""
     encoded(target, hr[:1, :1])  # a wrong ending fails before the long work
     made = {label: upscaler(lr) for label, upscaler in upscalers.items()}
-    write_picture(target, figure(dict(HR=hr) | made, scale))
+    models.replace_file(target, encoded(target, figure(dict(HR=hr) | made, scale)))
 
 
 def upscale_files(upscaler, source, out, scale):
@@ -238,19 +233,19 @@ def upscale_files(upscaler, source, out, scale):
         jobs = {out: paths[0]}
     if len(jobs) < len(paths):
         raise InputError(f"{source} holds two pictures of the same name that differ in their endings")
-    for target in [*jobs]:
-        if os.path.exists(target):  # also False where the name is too long
-            print(f"{target} exists already and is kept")
-            del jobs[target]
     errors = []
     for target, path in progress(jobs.items(), unit="picture"):
+        if os.path.exists(target):  # also False where the name is too long
+            data.note(f"{target} exists already and is kept")
+            continue
         try:
             picture = data.read_image(path)
             with Image.open(path) as file:
                 profile = file.info.get("icc_profile") or b""
             encoded(target, np.zeros((1, scale * max(picture.shape), 3), np.uint8))  # fails before long work
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_picture(target, upscaler(picture), profile if profile[16:20] == b"RGB " else None)
+            profile = profile if profile[16:20] == b"RGB " else None
+            models.replace_file(target, encoded(target, upscaler(picture), profile))
         except InputError as e:
             errors.append(str(e))
         except OSError as e:  # a name that is too long, a full disk
@@ -272,13 +267,6 @@ def encoded(path, image, profile=None):
         raise InputError(f"{path} cannot be written ({e}). A .png holds any picture") from None
 
 
-def write_picture(path, image, profile=None):
-    """Writes uint8 (H,W,3) as `encoded` says."""
-    content = encoded(path, image, profile)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    models.replace_file(path, content)
-
-
 def parse(argv):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = p.add_argument
@@ -295,8 +283,7 @@ def parse(argv):
     add("--self-ensemble", action="store_true", help="mean over eight flips and transpositions")
     add("--device", help="cpu, cuda, cuda:1, … [cuda where there is one]")
     add("--precision", default="float32", choices=("float32", "bfloat16"), help="[float32]")
-    add("--bench", nargs="?", type=between(1, 10**6, int), const=10, metavar="N",
-        help="time networks, N turns [10]")
+    add("--bench", nargs="?", type=between(1, 10**6, int), const=10, metavar="N", help="time them [10 turns]")
     o = p.parse_args(argv)
     if not (o.data or o.input or o.bench):
         p.error("name --data to score, --input and --output to upscale, or --bench")
@@ -331,7 +318,7 @@ def main(argv):
             upscalers[name] = network_upscaler(network, options.tile, options.self_ensemble)
         if not scale:
             raise InputError("no checkpoint tells the scale: give --scale")
-        upscalers["bicubic"] = bicubic_upscaler(scale)
+        upscalers["bicubic"] = functools.partial(data.imresize, factor=scale)
         settings = dict(scale=scale, precision=options.precision, self_ensemble=options.self_ensemble)
         about = provenance(shlex.join(["python", "evaluate.py", *argv]), device) | settings
         least = 2 + math.ceil(11 / scale)  # LR pixels a side: HR must hold two borders and SSIM's window
@@ -385,7 +372,6 @@ def between(low, high, kind=float):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"must lie between {low} and {high}, not {text}")
         return kind(text)
-    number.__name__ = kind.__name__  # argparse names it where the text is no number
     return number
 
 

@@ -394,10 +394,11 @@ def describe(config):
 
 
 def replace_file(path, content):
-    """Writes bytes to a file, which takes the place of `path` once it is whole and on the disk.
-    After an exception (OSError: the disk is full) the old file is as it was, and the new one is removed."""
+    """Writes bytes to a file, and makes its folder. It takes the place of `path` once it is whole and on the
+    disk. After an exception (OSError: the disk is full) the old one is as it was, the new one removed."""
     own = Path(path).with_name(f".{os.getpid()}_{threading.get_ident()}.tmp")  # of this process and thread
     try:
+        own.parent.mkdir(parents=True, exist_ok=True)
         with open(own, "wb") as file:
             file.write(content)
             file.flush()
@@ -586,10 +587,9 @@ def from_spandrel(weights, path):
 
 def load(path, **override):
     """The network in a file of this project, of EDSR's, RCAN's or SwinIR's authors, or of BasicSR, also as
-    .safetensors. It is in eval mode, float32, on the CPU. InputError if the file fits none, or if a
-    weight is NaN or infinite.
-    Names and shapes tell the sizes. res_scale, mean and img_range are the file's, else the published ones.
-    load(path, res_scale=1.0) overrides them."""
+    .safetensors. It is in eval mode, float32, on the CPU. Names and shapes tell the sizes. res_scale, mean
+    and img_range are the file's, else the published ones; load(path, res_scale=1.0) overrides them.
+    InputError if the file fits none, or if a weight is NaN or infinite."""
     weights, stored = unwrap(read_file(path), path)
     try:
         state, settings = translate(without_prefixes(weights)[-1])

@@ -23,7 +23,6 @@ import re
 import shlex
 import signal
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -51,10 +50,8 @@ OPERATIONS = list(dukd.InvertibleAugmentation.OPERATIONS)
 
 def run_folder(text):
     """An argparse type: a run's folder, or a file in it."""
-    path = FILE(text)
-    if os.path.isfile(path):
-        return os.path.dirname(path) or "."
-    return path
+    path = Path(text).expanduser()
+    return str(path.parent if path.is_file() else path)
 
 
 def parse(argv):
@@ -69,7 +66,7 @@ def parse(argv):
     add = group("what sets the defaults of the others").add_argument
     add("--method", choices=dukd.METHODS, default="dukd", help="weights of the loss, see below")
     add("--quick", action="store_true", help="minutes on a CPU: 1300 steps of two small patches")
-    add("--resume", type=run_folder, metavar="DIR", default="", help="go on with this run")
+    add("--resume", type=run_folder, metavar="DIR", help="go on with this run")
 
     add = group("networks and pictures").add_argument
     add("--teacher", type=FILE, metavar="FILE", default="", help="the frozen f_T")
@@ -116,10 +113,12 @@ def parse(argv):
     if chosen.quick:
         p.set_defaults(**QUICK)
     if chosen.resume:
-        saved = read_config(chosen.resume)["settings"]
-        if saved.keys() != vars(chosen).keys():
-            raise InputError(f"{chosen.resume} is of another version of train.py: start a new run")
-        p.set_defaults(**saved)
+        last = Path(chosen.resume, "last.ckpt")
+        state = models.read_file(last)
+        if not isinstance(state, dict) or state.get("settings", {}).keys() != vars(chosen).keys():
+            raise InputError(f"{last} is not the checkpoint of a run, or of another version of train.py: "
+                             "start a new run")
+        p.set_defaults(**state["settings"])
     args = p.parse_args(argv)
     fixed = {word[2:].partition("=")[0] for word in argv if word.startswith("--")} - MAY_CHANGE
     if chosen.resume and fixed:
@@ -163,9 +162,10 @@ def average_over_processes(tensors):
         t.copy_(mean.view_as(t))
 
 
-def train(args, command="python train.py"):
+def train(args, command="python train.py", listen=list):
     """One run, from settings to a student in its folder. Returns the Run, and the folder (None in all but the
-    first process of torchrun). InputError or OSError for what cannot be used; SystemExit after a signal."""
+    first process of torchrun). InputError or OSError for what cannot be used.
+    listen() gives a list of the signals to stop (see `catch_signals`); SystemExit after one has come."""
     run = Run(args)
     pair = run.patches[run.step]
     try:  # a step whose gradients are not used: what cannot work ends here, before a folder is made
@@ -173,18 +173,24 @@ def train(args, command="python train.py"):
     except ValueError as e:  # dukd.losses says what does not fit
         raise InputError(str(e)) from None
     step = fast_step(run, pair)
-    out, bicubic_psnr = None, math.nan
+    out, log, bicubic_psnr = None, contextlib.nullcontext(), math.nan
     if run.rank == 0:  # the first process speaks and writes for all
         out = Path(args.resume) if args.resume else new_folder(args, run.scale)
-        write_config(run, out, command)
-        begin_log(run, out)
+        # A row that cannot be written waits in the buffer. "x": of runs with one --out the first gets it.
+        log = open(out / "log.csv", "w" if args.resume else "x", buffering=2**20, newline="")
+        log.writelines(run.rows)
+        if not args.resume:
+            about = dict(settings=run.settings, identity=run.identity)
+            about |= evaluate.provenance(command, run.device)
+            models.replace_file(out / "config.json", json.dumps(about, indent=1).encode())
+            run.save(out, False)
         bicubic_psnr = introduce(run, out)
 
     window, began = [], time.perf_counter()  # the terms of each step since the last row of the log
-    rows = []  # of the log, to be written
     bar = tqdm(total=args.steps, initial=run.step, disable=run.rank > 0, ncols=80, mininterval=0.5,
                bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
-    with caught_signals() as signals:
+    signals = listen()
+    with log:  # closing it fails where a row is still denied
         while run.step < args.steps:
             if run.step % run.log_every == 0 and any_process_has(signals, run):
                 break
@@ -215,8 +221,9 @@ def train(args, command="python train.py"):
                     run.psnr = run.score("student")
                 terms = ",".join(f"{mean:.8g}" for mean in means)
                 val_psnr = f"{run.psnr:.4f}" if validating else ""
-                rows.append(f"{run.step},{rate:.3g},{terms},{val_psnr},{ms:.2f}\n")
-                attempt(add_rows, out, rows)
+                run.rows.append(f"{run.step},{rate:.3g},{terms},{val_psnr},{ms:.2f}\n")
+                log.write(run.rows[-1])
+                attempt(log.flush)
                 if validating:
                     attempt(run.save, out, True)
                 psnr = "?" if math.isnan(run.psnr) else f"{run.psnr:.2f}"
@@ -227,7 +234,6 @@ def train(args, command="python train.py"):
             if run.saved != run.step:
                 run.save(out, run.step == args.steps)
             finish(run, out, bicubic_psnr)
-            add_rows(out, rows)  # last: it fails where log.csv is still denied
     if run.world > 1:
         dist.destroy_process_group()
     if signals and run.step < args.steps:  # a process that got no signal just returns
@@ -257,7 +263,11 @@ class Run:
         hashes = [hashlib.sha256(Path(args.teacher).read_bytes()).hexdigest()] if args.teacher else []
         self.identity = dict(pictures=[data.composed(path.name) for path in train_paths],
                              held_out=[data.composed(path.name) for path in val_paths], teacher_sha256=hashes)
-        checkpoint = read_checkpoint(args.resume, self.identity) if args.resume else None
+        self.settings = vars(args) | dict(resume=None, precision=self.precision, scale=self.scale)
+        checkpoint = None
+        if args.resume:
+            checkpoint = models.read_file(Path(args.resume, "last.ckpt"))
+            check_identity(args.resume, checkpoint["identity"], self.identity)
 
         torch.manual_seed(args.seed)
         if checkpoint:
@@ -266,15 +276,13 @@ class Run:
             student = build_student(args, teacher, self.scale)
         self.patches = data.Patches(train_paths, args.patch, self.scale, args.batch, args.seed, args.cache,
                                     self.device, self.rank, self.world)
-        if self.rank > 0:
-            val_paths = []  # the first process scores
-        self.held_out = data.read_all(val_paths, self.scale, least=8)  # [(path, lr, hr)]
+        self.held_out = [] if self.rank else data.read_all(val_paths, self.scale, least=8)  # [(path, lr, hr)]
 
         self.student = student.to(self.device, memory_format=torch.channels_last)
         self.teacher = teacher and teacher.to(self.device, memory_format=torch.channels_last)
         self.taps = [*zip(student.taps, teacher.taps)] if teacher else []
         self.ema = copy.deepcopy(self.student).eval().requires_grad_(False)
-        self.upscalers = dict(bicubic=evaluate.bicubic_upscaler(self.scale))
+        self.upscalers = dict(bicubic=functools.partial(data.imresize, factor=self.scale))
         if teacher:
             self.upscalers["teacher"] = evaluate.network_upscaler(self.teacher)
         self.upscalers["student"] = evaluate.network_upscaler(self.ema)  # its average is scored
@@ -284,14 +292,16 @@ class Run:
         self.log_every = 10 if self.device.type == "cuda" else 1  # reading the terms waits for a GPU
         self.step, self.psnr, self.best = 0, math.nan, -math.inf  # psnr, best: held-out
         self.saved = None  # the step of last.ckpt
+        self.rows = [f"step,lr,{','.join(self.weights)},total,val_psnr,ms\n"]  # of log.csv
         if checkpoint:
             self.restore(checkpoint)
 
     def state(self):
-        """What last.ckpt holds: all that `restore` needs."""
+        """What last.ckpt holds: all that `restore` needs, and what the run is."""
         return dict(student=self.student.state_dict(), ema=self.ema.state_dict(),
-                    optimizer=self.optimizer.state_dict(), config=self.student.config, step=self.step,
-                    psnr=self.psnr, best=self.best)
+                    optimizer=self.optimizer.state_dict(), step=self.step, psnr=self.psnr, best=self.best,
+                    rows=self.rows, config=self.student.config, settings=self.settings,
+                    identity=self.identity)
 
     def restore(self, state):
         """Goes back to a `state`."""
@@ -299,7 +309,7 @@ class Run:
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.psnr, self.best = state["step"], state["psnr"], state["best"]
-        self.saved = self.step
+        self.rows, self.saved = state["rows"], state["step"]
 
     def save(self, out, validated):
         """Writes student.pt, best.pt if these weights are validated and the best so far, then last.ckpt."""
@@ -322,8 +332,8 @@ class Run:
         """InputError for a NaN or an infinity. L1's gradient at a NaN is 0, so the weights may look fine."""
         norm = torch.nn.utils.get_total_norm(self.parameters)
         if not (math.isfinite(loss) and norm.isfinite()):
-            raise InputError(f"the loss or the weights are not finite after step {self.step}. last.ckpt, if "
-                             "any, is older, and good. A lower --lr or --precision float32 may help")
+            raise InputError(f"the loss or the weights are not finite after step {self.step}. last.ckpt is "
+                             "older, and good. A lower --lr or --precision float32 may help")
 
 
 def join_processes(device):
@@ -333,9 +343,8 @@ def join_processes(device):
     try:
         store, rank, world = next(rendezvous("env://", timeout=RENDEZVOUS))
     except (RuntimeError, ValueError) as e:  # the environment lacks a variable; a process is missing
-        reason = str(e).splitlines()[0]
-        raise InputError(f"WORLD_SIZE is set, but there is no group of processes ({reason}): start with "
-                         "torchrun, or unset WORLD_SIZE for one process") from None
+        raise InputError("WORLD_SIZE is set, but there is no group of processes: start with torchrun, or "
+                         f"unset it for one process ({str(e).splitlines()[0]})") from None
     backend = dict(backend="nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
     dist.init_process_group(store=store, rank=rank, world_size=world, timeout=SCORING, **backend)
     if rank > 0:
@@ -388,33 +397,13 @@ def choose_pictures(args):
     return train_paths, val_paths
 
 
-def read_config(folder):
-    """The config.json of a run to resume. It has `settings` and `identity`."""
-    try:
-        about = json.loads(Path(folder, "config.json").read_text())
-        about["settings"].keys(), about["identity"].keys()  # they are there
-        return about
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise InputError(f"--resume {folder}: no run is there, as its config.json is missing, damaged or of "
-                         "another version of train.py: start a new run in another folder") from None
-
-
-def read_checkpoint(folder, identity):
-    """The state in last.ckpt of a run to resume, or None where none was written yet. InputError where
-    pictures or teacher are not those of the run."""
-    saved, last = read_config(folder)["identity"], Path(folder, "last.ckpt")
-    for name, now in identity.items():
-        before = saved.get(name) or []
-        if before != now:
-            others = sorted({*before} ^ {*now}) or ["the order"]
+def check_identity(folder, saved, now):
+    """InputError where the pictures or the teacher are not those of the run to resume."""
+    for name in now:
+        if saved[name] != now[name]:
+            others = sorted({*saved[name]} ^ {*now[name]}) or ["the order"]
             raise InputError(f"{folder} is another run: {name} differs in {', '.join(others)[:99]}. For "
                              "files that have moved, give --data, --val or --teacher anew")
-    if not last.exists():
-        return None
-    state = models.read_file(last)
-    if not isinstance(state, dict) or "optimizer" not in state:
-        raise InputError(f"{last} is not the checkpoint of a run")
-    return state
 
 
 def build_student(args, teacher, scale):
@@ -436,55 +425,19 @@ def build_student(args, teacher, scale):
             raise InputError(f"--init {args.init} does not fit the student: {name} is {theirs} there, and "
                              f"{list(own[name].shape)} here ({models.describe(given.config)})")
     student.load_state_dict(fitting, strict=False)
-    print(f"init    {len(fitting)} of the student's {len(own)} tensors come from {args.init}, which has "
-          f"{len(found)}")
+    print(f"init    {len(fitting)} of {len(own)} tensors come from {args.init}, which has {len(found)}")
     return student
 
 
 def new_folder(args, scale):
     """Makes the folder of a new run: --out, or the next free one of runs/METHOD_STUDENT_xS, …_xS_2, …_xS_3.
     Of runs that start together, each gets its own."""
-    if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        try:
-            Path(args.out, "log.csv").touch(exist_ok=False)
-        except FileExistsError:
-            raise InputError(f"{args.out} was taken by another run meanwhile: give another --out") from None
-        return Path(args.out)
-    name = f"runs/{args.method}_{args.student}_x{scale}"
+    name = args.out or f"runs/{args.method}_{args.student}_x{scale}"
     for number in itertools.count(1):
         path = Path(name if number == 1 else f"{name}_{number}")
         with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=bool(args.out))
             return path
-
-
-def write_config(run, out, command):
-    """Writes config.json: the settings, with what was decided, and what the run is."""
-    settings = vars(run.args) | dict(out=str(out), resume="", precision=run.precision, scale=run.scale)
-    if run.args.resume:
-        about = read_config(out) | dict(settings=settings)
-    else:
-        about = dict(settings=settings, identity=run.identity, **evaluate.provenance(command, run.device))
-    models.replace_file(out / "config.json", json.dumps(about, indent=1).encode())
-
-
-def begin_log(run, out):
-    """Writes log.csv: its head and, of a resumed run, the rows up to the checkpoint's step."""
-    log = out / "log.csv"
-    rows = [f"step,lr,{','.join(run.weights)},total,val_psnr,ms\n"]
-    known = log.read_text(errors="replace") if log.exists() else ""
-    for row, step in re.findall("^(([0-9]+),.*\n)", known, re.MULTILINE):  # whole lines that count a step
-        if int(step) <= run.step:
-            rows.append(row)
-    models.replace_file(log, "".join(rows).encode())
-
-
-def add_rows(out, rows):
-    """Adds rows to log.csv, and empties the list."""
-    with open(out / "log.csv", "a", newline="") as f:
-        f.writelines(rows)
-    rows.clear()
 
 
 def introduce(run, out):
@@ -512,8 +465,7 @@ def finish(run, out, bicubic_psnr):
         folder = out.as_posix()
         if not re.fullmatch(r"[\w@%+=:,./-]+", folder):
             folder = f'"{folder}"'
-        print(f"stopped after step {run.step} of {run.args.steps}; "
-              f"go on with: python train.py --resume {folder}")
+        print(f"stopped after {run.step} steps; go on with: python train.py --resume {folder}")
         return
     _, lr, hr = run.held_out[0]
     evaluate.write_figure(out / "compare.png", run.upscalers, lr, hr, run.scale)
@@ -521,33 +473,27 @@ def finish(run, out, bicubic_psnr):
     print(f"in {out}: student.pt, best.pt (best held-out PSNR), compare.png, log.csv")
 
 
-@contextlib.contextmanager
-def caught_signals():
-    """Yields a list that gets the number of a signal that asks the program to end: Ctrl-C, SIGTERM, a closed
-    terminal's SIGHUP, a cluster's SIGUSR1. The same one again ends it at once. What is ignored stays so, as
-    SIGHUP under nohup. In a thread other than the main one, Python allows no signals."""
+def catch_signals():
+    """A list that gets the numbers of signals to stop: Ctrl-C, SIGTERM, a closed terminal's SIGHUP and a
+    cluster's SIGUSR1. The same one again ends the program at once. Ignored ones stay so, as under nohup."""
     caught = []
 
     def handle(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-    with contextlib.ExitStack() as undo:
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-                number = getattr(signal, name, None)  # Windows has two of them
-                if number and signal.getsignal(number) != signal.SIG_IGN:
-                    before = signal.signal(number, handle)
-                    undo.callback(signal.signal, number, before)
-        yield caught
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)  # Windows has two of them
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)
+    return caught
 
 
 def attempt(write, *arguments):
-    """Writes. Where that is denied, as while Excel has log.csv open, training goes on. The next write brings
-    the missing rows, or newer weights. Only at the end a denied one is an error."""
+    """Writes. Where it is denied, as by a virus scanner, training goes on: a later write makes up for it."""
     try:
         write(*arguments)
     except PermissionError as e:
-        data.note(f"{e.filename} cannot be written now ({e.strerror}). It is tried again later")
+        data.note(f"{e.filename or 'log.csv'} cannot be written now ({e.strerror}). It is tried again later")
 
 
 def any_process_has(signals, run):
@@ -591,12 +537,12 @@ def compile_blocks(run, pair):
 
 
 def recorded(step, pair):
-    """A step as one CUDA graph, which is launched at once instead of kernel by kernel.
-    A call copies its pair, I_LR and I_HR, into the recorded one. Replays draw anew: the generator is seeded
-    before each step. Gradients stay where they were recorded: a replay runs no Python, so no zero_grad.
+    """A step as one CUDA graph, which is launched at once instead of kernel by kernel. A call copies its
+    pair, I_LR and I_HR, into the recorded one. Replays draw anew: the generator is seeded before each step.
+    Gradients stay where they were recorded: a replay runs no Python, so no zero_grad.
     A teacher that reads values from the GPU cannot be recorded, and a failed recording spoils the process. So
-    the program starts anew without recording. InputError where it cannot: where train.py is not the program,
-    or is one of several processes, and on Windows, whose shell would not wait."""
+    the program starts anew without recording. InputError where it cannot: in a process that is not train.py's
+    or is one of several, and on Windows, whose shell would not wait."""
     for _ in range(3):  # the libraries choose their algorithms
         step(*pair)
     graph = torch.cuda.CUDAGraph()
@@ -621,10 +567,10 @@ def recorded(step, pair):
     return replay
 
 
-def main(argv):
+def main(argv, listen=list):
     with evaluate.command_line(), contextlib.redirect_stdout(evaluate.Lasting(sys.stdout)):
-        train(parse(argv), command=shlex.join(["python", "train.py", *argv]))
+        train(parse(argv), shlex.join(["python", "train.py", *argv]), listen)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:], catch_signals)

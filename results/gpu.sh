@@ -68,7 +68,7 @@ print(int(0.8 * 1000 * $LIMIT / sum(ms.values())) if len(ms) >= 4 else 8000)")  
   for arm in "${methods[@]}"; do
     local words=(--teacher edsr_baseline.pt --method "$arm" --steps "$STEPS" --lr 5e-4 --schedule cosine
                  --val-every $((STEPS / 4)) --data "$pictures" --cache "$runs/cache" --out "$runs/$arm" "${small[@]:1}")
-    [ -e "$runs/$arm/config.json" ] && words=(--resume "$runs/$arm")
+    [ -e "$runs/$arm/last.ckpt" ] && words=(--resume "$runs/$arm")
     OMP_NUM_THREADS=2 limited "$LIMIT" "$arm" "$PYTHON" train.py "${words[@]}" &
   done
   wait

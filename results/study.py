@@ -174,7 +174,7 @@ def train_and_score(arm, n, seed, started, teacher, images, place):
     if started:
         words += ["--init", str(started.result() / "best.pt")]
     words += ["--data", str(images)]
-    resumed, began = (out / "config.json").exists(), time.time()
+    resumed, began = (out / "last.ckpt").exists(), time.time()
     call(f"{out}.log", "train.py", *(["--resume", out] if resumed else words))
     seconds = time.time() - began
     about = json.loads((out / "config.json").read_text())

@@ -75,7 +75,7 @@ RUN_MISTAKES = [  # what follows NEW, and what the line names
     ("--out file.txt/new --data train --val val", "file.txt/new cannot be read or written: Not a directory"),
     ("--teacher= --data train --val val", "kd needs a teacher"),
     ("--teacher= --method scratch --student small", "--student small needs a --teacher"),
-    ("--resume nowhere", "--resume nowhere: no run is there")]
+    ("--resume nowhere", "nowhere/last.ckpt cannot be read: No such file")]
 EVALUATE_MISTAKES = [
     ("", "required: MODEL"), ("x2.pt", "--data"), ("nowhere.pt --data val", "nowhere.pt"),
     ("x2.pt x4.pt --data val", "x4.pt is a x4 network, but x2 is wanted"),

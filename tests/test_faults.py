@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ki
 def run(place, out, before=bool):
     """Starts or resumes a short run in a process of its own. Returns its exit code and output.
     Its learning rate is so high that the best step is not the last."""
-    if Path(out, "config.json").exists():
+    if Path(out, "last.ckpt").exists():
         argv = ["--resume", str(out)]
     else:
         shutil.rmtree(out, ignore_errors=True)  # it holds nothing yet

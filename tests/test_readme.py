@@ -33,7 +33,7 @@ def test_it_starts_with_two_commands_that_need_python_alone():
 @pytest.mark.parametrize("file, words", [*COMMANDS, *(("train", flags) for flags in FLAGS)])
 def test_its_commands_and_flags_with_values_parse(file, words, monkeypatch):
     fresh = dict(settings=vars(train.parse([])))
-    monkeypatch.setattr(train, "read_config", lambda folder: fresh)  # the run need not exist
+    monkeypatch.setattr(models, "read_file", lambda last: fresh)  # the run need not exist
     options = dict(train=train, evaluate=evaluate)[file].parse(shlex.split(words, comments=True))
     if file == "train" and options.student != "small":
         models.build(options.student, options.scale or 4)

@@ -3,6 +3,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import io
 import itertools
 import json
 import multiprocessing
@@ -27,6 +28,16 @@ from samples import Watch, error_lines, noise, save
 
 TESTS = Path(__file__).resolve().parent
 STUDENTS = dict(edsr="edsr_c4b3", rcan="rcan_c8b1g1", swinir="swinir_c12s6")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """train.py's program does not put them back at its end."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -192,36 +203,41 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, settings, monkeypatc
     train.train(settings("whole", **given))
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         signals_at(3, patch, number)
-        train.train(settings("parts", **given))
+        train.train(settings("parts", **given), listen=train.catch_signals)
     assert end.value.code == 128 + number
     train.main(["--resume", str(tmp_path / "parts")])
     assert_same_outcome(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_run_goes_on_where_signals_are_ignored_or_not_to_be_caught(settings, monkeypatch):
-    """nohup ignores SIGHUP, and so does the run. In a thread, Python catches no signals."""
+def test_a_run_goes_on_where_signals_are_ignored_or_not_to_be_caught(place, tmp_path, settings, monkeypatch):
+    """nohup ignores SIGHUP, and so does the run. In a thread, Python catches no signals: only the program
+    does, not who calls train or main."""
     number = getattr(signal, "SIGHUP", signal.SIGTERM)
-    before = signal.signal(number, signal.SIG_IGN)
+    signal.signal(number, signal.SIG_IGN)
     with monkeypatch.context() as patch:
         signals_at(2, patch, number)
-        assert train.train(settings("ignored"))[0].step == 4
-    signal.signal(number, before)
+        assert train.train(settings("ignored"), listen=train.catch_signals)[0].step == 4
     with ThreadPoolExecutor() as pool:
-        run, out = pool.submit(train.train, settings("thread")).result()
-    assert run.step == 4 and (out / "compare.png").exists()
+        pool.submit(train.main, words(place, tmp_path / "thread")).result()
+    assert len(rows(tmp_path / "thread")) == 4 and (tmp_path / "thread" / "compare.png").exists()
 
 
 def test_a_denied_write_is_made_up_for(settings, monkeypatch, capsys):
-    """As where Excel has the log open, or a virus scanner a checkpoint. At the end it is an error."""
-    def deny(path):
-        if Path(path).name == denied and next(writes) in when:
-            raise PermissionError(13, "Permission denied", str(path))
+    """As where a virus scanner has a file. At the end it is an error."""
+    def deny(name):
+        if name == denied and next(writes) in when:
+            raise PermissionError(13, "Permission denied", name if name != "log.csv" else None)
+
+    class Log(io.FileIO):
+        def write(self, content):
+            deny("log.csv")
+            return super().write(content)
     given = dict(steps=4, val_every=1)
     replace = os.replace
     monkeypatch.setattr(train.Run, "score", lambda run, label: float(run.step))
-    monkeypatch.setattr(os, "replace", lambda a, b: (deny(b), replace(a, b)))
-    monkeypatch.setattr(train, "open", lambda path, mode, **more: (deny(path), open(path, mode, **more))[1],
-                        raising=False)
+    monkeypatch.setattr(os, "replace", lambda a, b: (deny(Path(b).name), replace(a, b)))
+    monkeypatch.setattr(train, "open", lambda path, mode, buffering, newline: io.TextIOWrapper(
+        io.BufferedWriter(Log(path, mode), buffering), newline=newline), raising=False)
     denied = None
     whole = train.train(settings("whole", **given))[1]
     for denied, number in [("log.csv", 3), ("best.pt", 2), ("last.ckpt", 2), ("student.pt", 2)]:
@@ -242,7 +258,7 @@ def stopped(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         signals_at(2, patch, signal.SIGINT)
-        train.main(words(".", "run", steps=7, val_every=3))
+        train.main(words(".", "run", steps=7, val_every=3), train.catch_signals)
     return tmp_path / "run"
 
 
@@ -280,28 +296,27 @@ def test_what_shapes_a_run_may_not_change(stopped, capsys):
 
 
 def test_files_that_are_not_of_such_a_run_are_refused(stopped, capsys):
+    state = models.read_file(stopped / "last.ckpt")
+    del state["settings"]["lambda_rec"]
+    torch.save(state, "older.pt")
     torch.save(torch.ones(2), "tensor.pt")
-    for file in ("edsr_x4.pt", "tensor.pt"):
+    for file in ("edsr_x4.pt", "tensor.pt", "older.pt"):
         shutil.copy(file, stopped / "last.ckpt")
-        assert "is not the checkpoint of a run" in refusal(capsys, "--resume", stopped)
-    about = train.read_config("run")
-    del about["settings"]["lambda_rec"]
-    for content in (about, {}, [1], dict(settings=about["settings"])):
-        (stopped / "config.json").write_text(json.dumps(content))
-        assert "of another version of train.py" in refusal(capsys, "--resume", stopped)
+        assert "of another version of train.py: start a new run" in refusal(capsys, "--resume", stopped)
 
 
 def test_a_resumed_log_has_the_rows_that_its_checkpoint_knows(stopped):
-    """Also where the log is shorter than the checkpoint, was cut off or edited, or is gone."""
+    """Also where the log is longer or shorter, was cut off or edited, or is gone."""
     log = stopped / "log.csv"
     text = log.read_text()
-    head, *known, _ = text.split("\n")
-    assert len(known) == 3
-    for found, kept in [(text + f"4{known[0][1:]}\n1", known), (f"{head}\n{known[0]}\n", known[:1]),
-                        (text + "\n" + 9 * "\0" + "\n", known), ("", []), (None, [])]:
+    train.main(["--resume", "run"])
+    assert log.read_text().startswith(text)
+    whole = rows("run")
+    assert [row["step"] for row in whole] == [*"1234567"]
+    for found in (text + "8,1\n9", text[:-9], "step;lr\n", "", None):
         log.unlink() if found is None else log.write_text(found)
-        train.begin_log(train.Run(train.parse(["--resume", "run"])), Path("run"))
-        assert log.read_text() == "\n".join([head, *kept, ""])
+        train.main(["--resume", "run"])
+        assert rows("run") == whole
 
 
 def test_the_teacher_stays_as_it_was_and_validation_changes_nothing(place, settings):
@@ -321,7 +336,7 @@ def test_init_takes_what_fits_of_another_scale_and_says_how_much(place, settings
     assert all(torch.equal(own[k], value) for k, value in source.items())
     assert equal(run.parameters, run.averaged)
     train.Run(settings(student="edsr_c8b1", init=place / "edsr_x4.pt"))
-    text = f"init    14 of the student's 14 tensors come from {place / 'edsr_x4.pt'}, which has 22"
+    text = f"init    14 of 14 tensors come from {place / 'edsr_x4.pt'}, which has 22"
     assert text in capsys.readouterr().out
 
 
@@ -358,12 +373,15 @@ def test_a_run_takes_the_next_free_name_and_says_what_it_is(place, tmp_path, mon
     assert "note: the teacher is below bicubic" in printed.err
 
 
-def test_an_empty_folder_is_used_by_one_run(settings, tmp_path):
-    args = settings()
+def test_an_empty_folder_is_used_by_one_run(settings, tmp_path, monkeypatch):
+    """Also where it was empty when the other one began."""
     (tmp_path / "run").mkdir()
-    assert train.new_folder(args, 4) == tmp_path / "run"
-    with pytest.raises(models.InputError, match="taken by another run meanwhile"):
-        train.new_folder(args, 4)
+    out = train.train(settings())[1]
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(train, "check_settings", lambda *settings: None)
+    with pytest.raises(FileExistsError):
+        train.train(settings())
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
 
 
 def test_held_out_pictures_leave_the_data_however_they_are_spelled(place, monkeypatch):
@@ -393,7 +411,7 @@ def test_auto_is_bfloat16_where_the_processor_has_it_and_the_run_keeps_it(settin
 
 
 @pytest.mark.parametrize("given, named", [
-    (dict(WORLD_SIZE="2"), "variable RANK expected, but not set): start with torchrun"),
+    (dict(WORLD_SIZE="2"), "start with torchrun, or unset it for one process (Error initializing"),
     (dict(WORLD_SIZE="2", RANK=""), "RANK expected"),
     (dict(WORLD_SIZE="2", RANK="0"), "MASTER_ADDR expected"),
     (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0"), "clients")])
@@ -418,11 +436,11 @@ def child(argv, log, before, environment):
     for number in (1, 2):
         os.dup2(os.open(f"{log}{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     before()
-    train.main(argv)
+    train.main(argv, train.catch_signals)
 
 
 def launch(argv, log, before=bool, **environment):
-    """Calls before() and train.main(argv) in a new process, forked from one that has imported train.py."""
+    """Calls before() and runs the program in a new process, forked from one that has imported train.py."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_train", "torch._dynamo"])  # the optimiser imports it
