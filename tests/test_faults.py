@@ -39,17 +39,6 @@ def whole(place, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def stopped(place, tmp_path):
-    """The folder of the same run after a Ctrl-C in its fifth step."""
-    out = tmp_path / "run"
-    stop = partial(signals_at, 4, pytest.MonkeyPatch(), signal.SIGINT)
-    code, output = run(place, out, stop)
-    assert code == 128 + signal.SIGINT and models.read_file(out / "last.ckpt")["step"] == 5
-    assert f"python train.py --resume {out}" in output.splitlines()[-1]
-    return out
-
-
 def die(number, folder):
     """Has the process kill itself before the nth time that it writes or renames a file in the folder."""
     def hook(event, arguments, times=itertools.count(1)):
@@ -60,7 +49,14 @@ def die(number, folder):
     sys.addaudithook(hook)
 
 
-def test_killed_before_a_file_is_written_and_resumed_equals_uninterrupted(place, whole, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(place, whole, tmp_path):
+    """By a second signal, which ends the program at once, and before a file is written."""
+    out = tmp_path / "run"
+    stop = partial(signals_at, 4, pytest.MonkeyPatch(), signal.SIGTERM, signal.SIGTERM)
+    assert run(place, out, stop)[0] == -signal.SIGTERM
+    assert models.read_file(out / "last.ckpt")["step"] == 3
+    assert run(place, out)[0] == 0
+    assert_same_outcome(whole, out)
     for number in range(1, 100, 3):  # every third file or renaming
         out = tmp_path / f"run{number}"
         if run(place, out, partial(die, number, f"{out}{os.sep}"))[0] == 0:
@@ -70,34 +66,26 @@ def test_killed_before_a_file_is_written_and_resumed_equals_uninterrupted(place,
     assert number > 16
 
 
-def test_a_second_signal_ends_the_program_at_once(place, whole, tmp_path):
-    out = tmp_path / "run"
-    stop = partial(signals_at, 4, pytest.MonkeyPatch(), signal.SIGTERM, signal.SIGTERM)
-    assert run(place, out, stop)[0] == -signal.SIGTERM
-    assert models.read_file(out / "last.ckpt")["step"] == 3
-    assert run(place, out)[0] == 0
-    assert_same_outcome(whole, out)
-
-
-FULL = "cannot be read or written: No space left on device"
-
-
-@pytest.mark.parametrize("fault, named", [
-    ("student.pt", f"student.pt {FULL}"), ("last.ckpt", f"last.ckpt {FULL}"),
-    ("nan", "the loss or the weights are not finite after step 6")])
-def test_a_full_disk_and_nan_leave_the_last_checkpoint(whole, stopped, capsys, monkeypatch, fault, named):
+@pytest.mark.parametrize("fault", ["student.pt", "last.ckpt", "nan"])
+def test_a_full_disk_and_nan_leave_the_last_checkpoint(place, whole, tmp_path, capsys, monkeypatch, fault):
+    """Here it is of a Ctrl-C in the fifth step."""
     def full(source, target, replace=os.replace):
         if Path(target).name == fault:
             raise OSError(28, "No space left on device")
         replace(source, target)
+    out, named = tmp_path / "run", f"{fault} cannot be read or written: No space left on device"
+    code, output = run(place, out, partial(signals_at, 4, pytest.MonkeyPatch(), signal.SIGINT))
+    assert code == 128 + signal.SIGINT and models.read_file(out / "last.ckpt")["step"] == 5
+    assert f"python train.py --resume {out}" in output.splitlines()[-1]
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         if fault == "nan":
+            named = "the loss or the weights are not finite after step 6"
             patch.setattr(train, "learning_rate", lambda step, args: float("nan"))
-        assert named in refusal(capsys, "--resume", stopped)
-    assert models.read_file(stopped / "last.ckpt")["step"] >= 5 and not list(stopped.glob(".*"))
-    train.main(["--resume", str(stopped)])
-    assert_same_outcome(whole, stopped)
+        assert named in refusal(capsys, "--resume", out)
+    assert models.read_file(out / "last.ckpt")["step"] >= 5 and not list(out.glob(".*"))
+    train.main(["--resume", str(out)])
+    assert_same_outcome(whole, out)
 
 
 def test_a_checkpoint_that_is_cut_off_is_one_line(place, tmp_path):
