@@ -110,23 +110,15 @@ def test_zoom_in_copies_crops_from_every_position_equally_often(H, W, size):
     assert torch.equal(hr, coordinates(n, H, W))  # z was a copy
 
 
-def resizing_weights(n, factor):
-    """The (m,n) matrix by which bicubic_resize resizes one axis: what it makes of the unit vectors."""
-    return bicubic_resize(torch.eye(n, dtype=torch.float64), factor, dims=(0,))
-
-
-def test_the_weights_at_one_half_are_the_hand_computed_ones():
-    """The distances are .25, .75, 1.25, 1.75 in the stretched kernel, which sums to 2 over both sides."""
-    side = [-3 / 256, -9 / 256, 29 / 256, 111 / 256]
-    assert resizing_weights(16, 0.5)[3].tolist() == [0] * 3 + side + side[::-1] + [0] * 5
-    edge = [(111 + 29) / 256, (111 - 9) / 256, (29 - 3) / 256, (-9 - 3) / 256]  # … 2 1 | 1 2 3 4 | 4 3 …
-    assert resizing_weights(4, 0.5)[0].tolist() == edge
-
-
 @pytest.mark.parametrize("factor", (1 / 3, 1 / 4, 3))
 def test_a_picture_is_resized_along_dims_and_hands_its_gradient_back(factor):
+    """test_data.py and test_released.py compare the weights with exact ones, and with the released code's."""
     x = torch.rand(2, 3, 7, 10, generator=seeded(), dtype=torch.float64).requires_grad_()
-    rows, columns = (resizing_weights(n, factor) for n in (7, 10))
+    dukd.bicubic_neighbours.cache_clear()
+    with torch.inference_mode():  # the kept weights serve a gradient all the same
+        bicubic_resize(x, factor)
+    units = (torch.eye(n, dtype=torch.float64) for n in (7, 10))
+    rows, columns = (bicubic_resize(unit, factor, dims=(0,)) for unit in units)  # (m,n): an axis's weights
     both = bicubic_resize(x, factor)
     assert same(both, rows @ x @ columns.T, atol=1e-12)
     assert same(bicubic_resize(x, factor, dims=(-1,)), x @ columns.T, atol=1e-12)
@@ -136,17 +128,6 @@ def test_a_picture_is_resized_along_dims_and_hands_its_gradient_back(factor):
     assert same(x.grad, rows.T @ weight @ columns, atol=1e-12)  # the transposed matrices
     single = bicubic_resize(x.detach().float(), factor)
     assert single.dtype == torch.float32 and same(single.double(), both.detach())
-
-
-@pytest.mark.parametrize("scale", (2, 3, 4))
-def test_zoom_out_reduces_by_s(scale):
-    lr = uniform(2, 3, 3 * scale, 4 * scale)
-    dukd.bicubic_neighbours.cache_clear()
-    with torch.inference_mode():  # the kept weights serve a gradient all the same
-        zoom_out(lr, scale)
-    z = zoom_out(lr.requires_grad_(), scale)
-    z.sum().backward()
-    assert z.shape == (2, 3, 3, 4) and same(z, bicubic_resize(lr, 1 / scale))
 
 
 class Net(torch.nn.Module):
@@ -248,21 +229,18 @@ def test_p_is_the_strength_of_f_and_other_patches_than_squares_are_not_transpose
         assert same(seen, expected)
 
 
-def test_the_generator_alone_decides_what_is_drawn():
+def test_the_generator_alone_decides_what_is_drawn_and_autocast_rounds_the_networks_alone():
     student, teacher, taps, lr, hr = setting()
+
+    def terms_of(seed):
+        return dukd.losses(student, teacher, lr, hr, EVERY, taps=taps, generator=seeded(seed))
     before = torch.get_rng_state()
-    first, again, other = (dukd.losses(student, teacher, lr, hr, EVERY, taps=taps, generator=seeded(s))
-                           for s in (1, 1, 2))
+    precise, again, other = terms_of(1), terms_of(1), terms_of(2)
     assert torch.equal(before, torch.get_rng_state())
-    assert first == again and first["zoom_in"] != other["zoom_in"] and first["rec"] == other["rec"]
-
-
-def test_under_autocast_the_networks_alone_compute_in_bfloat16():
-    student, teacher, taps, lr, hr = setting()
+    assert precise == again and precise["zoom_in"] != other["zoom_in"] and precise["rec"] == other["rec"]
     z, fakd = zoom_out(lr, 2), dukd.fakd_loss(lr, hr[..., ::2, ::2])
-    precise = dukd.losses(student, teacher, lr, hr, EVERY, taps=taps, generator=seeded(1))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = dukd.losses(student, teacher, lr, hr, EVERY, taps=taps, generator=seeded(1))
+        rounded = terms_of(1)
         assert torch.equal(zoom_out(lr, 2), z) and torch.equal(dukd.fakd_loss(lr, hr[..., ::2, ::2]), fakd)
     for name, term in rounded.items():
         assert term.dtype == torch.float32 and term.item() == pytest.approx(precise[name].item(), rel=0.05)

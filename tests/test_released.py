@@ -21,23 +21,19 @@ def wave(shape, a, b):
     return torch.sin(a * i * i + b).float().view(*shape)
 
 
-def networks(case, dtype):
-    """f_S and f_T of a case."""
-    found = []
+def setting(case, dtype):
+    """f_S, f_T, I_LR and I_HR of a case."""
+    networks, size = [], 12 * case["scale"]
     for role, a in (("student", 0.01), ("teacher", 0.013)):
         net = models.build(case[role], case["scale"])
         state = net.state_dict()
         for k, key in enumerate(sorted(state)):
             state[key] = 0.15 * wave(state[key].shape, a, k)
         net.load_state_dict(state)
-        found.append(net.to(dtype).eval())
-    return found
-
-
-def pair(scale, dtype):
+        networks.append(net.to(dtype).eval())
     lr = 0.5 + 0.5 * wave((4, 3, 12, 12), 0.02, 4)
-    hr = 0.5 + 0.5 * wave((4, 3, 12 * scale, 12 * scale), 0.003, 4)
-    return lr.to(dtype), hr.to(dtype)
+    hr = 0.5 + 0.5 * wave((4, 3, size, size), 0.003, 4)
+    return *networks, lr.to(dtype), hr.to(dtype)
 
 
 def gradient(loss, student):
@@ -56,8 +52,8 @@ def norm(gradients):
 @pytest.mark.parametrize("scale", CASES)
 def test_terms_and_gradients_are_those_of_the_released_code(scale, dtype, tolerance, tolerance_of_terms,
                                                             monkeypatch):
-    """With the crop and the F of the case. released_update: the sum of the two gradients that one iteration
-    of that code hands to Adam, halved."""
+    """With the crop and the F of the case, and the reduced I_LR. released_update: the sum of the two
+    gradients that one iteration of that code hands to Adam, halved."""
     case = CASES[scale]
     top, left = case["crop"]
     ops = dukd.InvertibleAugmentation.OPERATIONS
@@ -65,8 +61,12 @@ def test_terms_and_gradients_are_those_of_the_released_code(scale, dtype, tolera
     no_F = dukd.InvertibleAugmentation((), ())
     monkeypatch.setattr(dukd, "zoom_in", lambda hr, size, *rest: hr[:, :, top:top + 12, left:left + 12])
     monkeypatch.setattr(F.__class__, "sample", lambda n, ops, *rest: F if ops else no_F)
-    student, teacher = networks(case, dtype)
-    terms = dukd.losses(student, teacher, *pair(case["scale"], dtype), dukd.METHODS["dukd"])
+    student, teacher, lr, hr = setting(case, dtype)
+    z = dukd.zoom_out(lr, case["scale"])
+    assert z.norm().item() == pytest.approx(case["z_out"]["norm"], rel=1e-6)
+    for place, value in case["z_out"]["entries"]:
+        assert z.flatten()[place].item() == pytest.approx(value, abs=1e-6)
+    terms = dukd.losses(student, teacher, lr, hr, dukd.METHODS["dukd"])
     assert terms.keys() == case["terms"].keys()
     for name, expected in case["terms"].items():
         assert terms[name].item() == pytest.approx(expected, rel=tolerance_of_terms), name
@@ -83,21 +83,11 @@ def test_terms_and_gradients_are_those_of_the_released_code(scale, dtype, tolera
             assert found[name].flatten()[place].item() == pytest.approx(value, rel=tolerance, abs=1e-8)
 
 
-@pytest.mark.parametrize("scale", CASES)
-def test_zoom_out_reduces_as_the_released_code(scale):
-    case = CASES[scale]
-    z = dukd.zoom_out(pair(case["scale"], torch.float32)[0], case["scale"])
-    assert z.norm().item() == pytest.approx(case["z_out"]["norm"], rel=1e-6)
-    for place, value in case["z_out"]["entries"]:
-        assert z.flatten()[place].item() == pytest.approx(value, abs=1e-6)
-
-
 @pytest.mark.parametrize("name", ["fitnet", "at", "fakd"])
 @pytest.mark.parametrize("scale", CASES)
 def test_feature_losses_are_those_of_the_released_code(scale, name):
     """Of the map behind `conv_after_body` they are not: there it holds the long skip."""
-    student, teacher = networks(CASES[scale], torch.float64)
-    lr, hr = pair(CASES[scale]["scale"], torch.float64)
+    student, teacher, lr, hr = setting(CASES[scale], torch.float64)
     taps = [("conv_first", "conv_first"), ("body.0", "body.1"), ("body.1", "body.2")]
     expected = CASES[scale]["features"][name]
     for (s_tap, t_tap), value, length in zip(taps, expected["values"], expected["gradient_norms"]):
