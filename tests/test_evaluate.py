@@ -121,16 +121,13 @@ def test_tiles_leave_no_seam_where_the_network_sees_farther(name):
     assert (jump(tiled) - jump(whole)).abs().max() < 1e-3
 
 
-def test_tiles_fade_evenly_on_both_sides_of_their_border():
+def test_tiles_fade_evenly_on_both_sides_of_their_border_and_tables_are_of_whole_pictures():
     """Cores of 32 pixels. A tile's weight falls from 1, 16 pixels before its border, to 0, 16 behind it."""
     first, second = evaluate.tiles_along(64, 32, types.SimpleNamespace(receptive_radius=None, scale=2))
     assert first[:2] == (0, 64) and second[:2] == (0, 64)
     position = (np.arange(128) + 0.5) / 2  # of HR pixels' centres, in LR pixels
     assert np.allclose(first[2], ((48 - position) / 32).clip(0, 1), atol=1e-6)
     assert np.allclose(second[2], first[2].flip(0), atol=1e-6)
-
-
-def test_tables_are_of_whole_pictures_and_large_inputs_are_upscaled_in_tiles():
     assert evaluate.parse(["x.pt", "--data", "Set5"]).tile == 0
     assert evaluate.parse(["x.pt", "--data", "Set5", "--tile", "64"]).tile == 64
     assert evaluate.parse(["x.pt", "--input", "a.png", "--output", "b.png"]).tile == 256
@@ -259,15 +256,6 @@ def test_a_folder_is_upscaled_but_for_bad_and_finished_pictures(place, capsys, t
     assert iio.imread(big / "bird_x4.png").shape == (160, 256, 3)
 
 
-def test_in_the_folder_of_the_pictures_results_are_passed_over(place, capsys, tmp_path):
-    source = shutil.copytree(place / "set", tmp_path / "in")
-    for _ in range(2):
-        evaluate.main([str(place / "a.pt"), "--input", str(source), "--output", str(source)])
-        made = sorted(path.name for path in source.glob("*_x4*"))
-        assert made == ["baby_x4.png", "bird_x4.png", "head_x4.png"]
-    assert f"{source / 'baby_x4.png'} exists already and is kept" in capsys.readouterr().err
-
-
 def test_an_error_has_a_line_of_its_own(place, capsys, tmp_path):
     """Also behind pictures that are kept, and behind a progress bar, which is cleared."""
     source = shutil.copytree(place / "set", tmp_path / "in")
@@ -295,12 +283,14 @@ def test_what_a_format_cannot_hold_is_refused_first(place, capsys, tmp_path, mon
 
 
 def test_outputs_are_files_or_folders_as_the_input_is(place, capsys, tmp_path):
-    baby = place / "set" / "baby.png"
+    """In the folder of the pictures, results are passed over."""
+    baby, own = place / "set" / "baby.png", shutil.copytree(place / "set", tmp_path / "own")
     longest = "l" * 246 + "_x4.png"  # 253 letters: nothing longer is written on the way
     for name in ("big.png", longest):
         run(capsys, "bicubic", "--scale", "4", "--input", baby, "--output", tmp_path / name)
         assert np.array_equal(iio.imread(tmp_path / name), data.imresize(iio.imread(baby), 4))
-    for source, out, made in [(place / "set", "out_v1.0", 3), (baby, "out", 1), (baby, "out_v1.0", 3)]:
+    for source, out, made in [(place / "set", "out_v1.0", 3), (baby, "out", 1), (baby, "out_v1.0", 3),
+                              (own, "own", 3), (own, "own", 3)]:
         run(capsys, place / "a.pt", "--input", source, "--output", tmp_path / out)
         assert len(list((tmp_path / out).glob("*_x4.png"))) == made
     words = [place / "a.pt", "--input", place / "set", "--output", tmp_path / "big.png"]

@@ -61,13 +61,21 @@ def test_parameters_as_published(name, counts):
         assert tuple(models.parameters(models.build(name, scale)) for scale in (2, 3, 4)) == counts
 
 
-@pytest.mark.parametrize("kind, pixel", [
-    ("edsr", [0.2712, 0.9998, 0.0670]), ("rcan", [1.5699, 2.3713, 0.5020]),
-    ("swinir", [1.6642, 1.1376, -0.1439]), ("lightweight", [0.1217, 0.7775, -1.1465])])
-def test_outputs_are_what_they_always_were(kind, pixel):
-    """An output pixel, computed by an earlier version of the networks."""
+@pytest.mark.parametrize("kind, pixel, middle", [
+    ("edsr", [0.2712, 0.9998, 0.0670], ["body.1", "body.2"]),
+    ("rcan", [1.5699, 2.3713, 0.5020], ["body.0", "body.1"]),
+    ("swinir", [1.6642, 1.1376, -0.1439], ["layers.0.conv", "layers.1.conv"]),
+    ("lightweight", [0.1217, 0.7775, -1.1465], ["layers.0.conv", "layers.0.conv"])])
+def test_outputs_are_what_they_always_were_and_taps_are_four_maps_of_the_inputs_size(kind, pixel, middle):
+    """An output pixel was computed by an earlier version of the networks."""
+    net, shapes = make(kind), []
     with torch.no_grad():
-        assert make(kind)(picture(2, 3, 9, 13))[0, :, 5, 7].tolist() == pytest.approx(pixel, abs=2e-4)
+        assert net(picture(2, 3, 9, 13))[0, :, 5, 7].tolist() == pytest.approx(pixel, abs=2e-4)
+    assert net.taps == [net.get_submodule(name) for name in ("conv_first", *middle, "conv_after_body")]
+    for tap in net.taps:
+        tap.register_forward_hook(lambda module, x, y: shapes.append(tuple(y.shape)))
+    net(picture(2, 3, 8, 16))
+    assert shapes == [(2, net.config["channels"], 8, 16)] * 4
 
 
 @pytest.mark.parametrize("kind, scale", EVERY)
@@ -91,17 +99,6 @@ def test_any_size_of_input_and_bfloat16(kind, scale):
     for exact, rounded in zip(*answers):
         assert rounded.dtype == torch.float32
         assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
-
-
-@pytest.mark.parametrize("kind, names", [("edsr", ["body.1", "body.2"]), ("rcan", ["body.0", "body.1"]),
-                                         ("swinir", ["layers.0.conv", "layers.1.conv"])])
-def test_taps_are_four_feature_maps_of_the_input_size(kind, names):
-    net, shapes = make(kind), []
-    assert net.taps == [net.get_submodule(name) for name in ("conv_first", *names, "conv_after_body")]
-    for tap in net.taps:
-        tap.register_forward_hook(lambda module, x, y: shapes.append(tuple(y.shape)))
-    net(picture(2, 3, 8, 16))
-    assert shapes == [(2, net.config["channels"], 8, 16)] * 4
 
 
 @pytest.mark.parametrize("r", [2, 3])
@@ -176,28 +173,27 @@ def test_small_is_the_papers_student_or_half_the_width(teacher, student):
         assert models.from_config(config).config == models.build(student, 3).config
 
 
-BLOCK = "layers.0.residual_group.blocks"
+BLOCKS = [f"layers.0.residual_group.blocks.{i}" for i in range(6)]
 SWIN_LAYER = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
 RCAB = "body.0.residual_group.0.rcab"
-ENDS = ["conv_first", "conv_after_body", "upsample.0", "upsample.2", "conv_last"]
-LAYERS = {  # of the smallest networks at ×4, by BasicSR's names (SwinIR: its authors')
-    "edsr_c4b1": ["body.0.conv1", "body.0.conv2"],
-    "rcan_c4b1g1": ["body.0.conv", *[f"{RCAB}.{i}" for i in ("0", "2", "3.attention.1", "3.attention.3")]],
-    "swinir_c6s6": ["patch_embed.norm", "layers.0.conv", "norm", "conv_before_upsample.0",
-                    *[f"{BLOCK}.{i}.{name}" for i in range(6) for name in SWIN_LAYER]],
-}
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_saved_files_have_the_published_names(tmp_path, name):
+@pytest.mark.parametrize("name, layers", [
+    ("edsr_c4b1", ["body.0.conv1", "body.0.conv2"]),
+    ("rcan_c4b1g1", ["body.0.conv", *[f"{RCAB}.{i}" for i in ("0", "2", "3.attention.1", "3.attention.3")]]),
+    ("swinir_c6s6", ["patch_embed.norm", "layers.0.conv", "norm", "conv_before_upsample.0",
+                     *[f"{block}.{layer}" for block in BLOCKS for layer in SWIN_LAYER]])])
+def test_saved_files_have_the_published_names(tmp_path, name, layers):
+    """Those of BasicSR, and of SwinIR's authors."""
     models.save(tmp_path / "net.pt", models.build(name, 4))
     content = torch.load(tmp_path / "net.pt", weights_only=True)
-    expected = {f"{layer}.{part}" for layer in ENDS + LAYERS[name] for part in ("weight", "bias")}
+    layers = [*layers, "conv_first", "conv_after_body", "upsample.0", "upsample.2", "conv_last"]
+    expected = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     if name == "swinir_c6s6":  # also the authors' constants, for a 48×48 input
-        expected |= {f"{BLOCK}.{i}.attn.relative_position_bias_table" for i in range(6)}
-        expected |= {f"{BLOCK}.{i}.attn.relative_position_index" for i in range(6)}
-        expected |= {f"{BLOCK}.{i}.attn_mask" for i in (1, 3, 5)}
-        assert content["params"][f"{BLOCK}.1.attn_mask"].shape == (36, 64, 64)
+        tables = ("relative_position_bias_table", "relative_position_index")
+        expected |= {f"{block}.attn.{table}" for block in BLOCKS for table in tables}
+        expected |= {f"{block}.attn_mask" for block in BLOCKS[1::2]}
+        assert content["params"][f"{BLOCKS[1]}.attn_mask"].shape == (36, 64, 64)
     assert set(content["params"]) == set(content["params_ema"]) == expected
 
 
@@ -347,21 +343,17 @@ def test_another_packages_network(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_spandrels_networks(tmp_path):
-    theirs = pytest.importorskip("spandrel.architectures.Compact").Compact(num_feat=8, upscale=2)
+def test_spandrels_networks_are_read_and_spandrel_reads_our_files(tmp_path):
+    spandrel = pytest.importorskip("spandrel")
+    theirs = spandrel.architectures.Compact.Compact(num_feat=8, upscale=2)
     weights = {f"model.{name}": v for name, v in theirs.state_dict().items()}
     net, x = models.load(stored(tmp_path, weights)), picture(2, 3, 9, 5)
     assert torch.allclose(net(x), theirs(x).clamp(0, 1), atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["swinir", "lightweight"])
-@pytest.mark.filterwarnings("ignore")
-def test_spandrel_reads_our_files(tmp_path, kind):
-    spandrel = pytest.importorskip("spandrel")
-    net = make(kind, mlp_ratio=2.0)
-    models.save(tmp_path / "net.pt", net)
-    found = spandrel.ModelLoader(device="cpu").load_from_file(tmp_path / "net.pt").eval()
-    same(lambda x: found.model(x.clone()), net, (1, 3, 16, 24), 1e-4)
+    for kind in ("swinir", "lightweight"):
+        net = make(kind, mlp_ratio=2.0)
+        models.save(tmp_path / "net.pt", net)
+        found = spandrel.ModelLoader(device="cpu").load_from_file(tmp_path / "net.pt").eval()
+        same(lambda x: found.model(x.clone()), net, (1, 3, 16, 24), 1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -380,9 +372,8 @@ def test_onnx_export_takes_any_size_and_keeps_weights_as_such(kind, scale):
         same(lambda x: torch.tensor(evaluator.run(None, {"x": x.numpy()})[0]), net, size)
 
 
-def test_missing_folder_empty_and_truncated_files(tmp_path):
-    refused(tmp_path / "nowhere.pt", "No such file")
-    refused(tmp_path, "Is a directory")
+def test_empty_and_truncated_files(tmp_path):
+    """test_command_lines.py names missing files, and folders."""
     whole = stored(tmp_path, make("edsr").state_dict()).read_bytes()
     for content in (b"", b"PK\3\4", b"a text\n", whole[:1000], whole[:-1000], whole[:-1]):
         (tmp_path / "net.pt").write_bytes(content)

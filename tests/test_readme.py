@@ -39,12 +39,9 @@ def test_its_commands_and_flags_with_values_parse(file, words, monkeypatch):
         models.build(options.student, options.scale or 4)
 
 
-def test_its_files_and_pictures_exist():
+def test_its_files_exist_and_its_functions_are_defined_where_it_says():
     named = re.findall(r"[`(]((?:results|tests)/[^`)\s*…]*|\w+\.(?:py|txt)|edsr_baseline\.pt)[`)]", README)
     assert "dukd.py" in named and not [name for name in named if not (ROOT / name).exists()]
-
-
-def test_its_functions_are_defined_where_it_says():
     named = {(name, file) for names, file in re.findall(r"((?:`[^`\n]+`(?:,| and|) )+)in `(\w+)\.py`", README)
              for name in re.findall(r"`(\w+)", names)}
     defined = {(name, path.stem) for path in ROOT.glob("*.py")
@@ -102,16 +99,13 @@ def test_its_lines_for_basicsr_train_the_student_alone():
     assert all(p.grad is None for p in model.teacher.parameters())
 
 
-def test_its_figures_stand_in_results():
+def test_its_figures_stand_in_results_and_its_rows_of_studies_are_made_from_the_records():
     objects = []
     for path in (ROOT / "results").glob("*.json"):
         json.loads(path.read_text(encoding="utf-8"), object_hook=objects.append)
     known = {f"{o['psnr']:.2f}/{o['ssim']:.4f}" for o in objects if {"psnr", "ssim"} <= o.keys()}
     named = re.findall(r"\d\d\.\d\d/0\.\d{4}", README)
     assert len(named) > 5 and not {*named} - known
-
-
-def test_its_rows_of_studies_are_made_from_the_records():
     rows = re.findall(r"^\| (?:2K|2K reduced|\d+) \| .*", README + RESULTS, re.M)
     made = {line for name in study.STUDIES for line in study.table(name)} | {*study.fit_of_p()}
     assert rows and not {*rows} - made
