@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -49,13 +48,10 @@ def exact_imresize(image, factor):
     return image
 
 
-# At these factors a sum is a half, which floats hold exactly, or at least 1/162 away from one. So fractions
-# and MATLAB's double arithmetic agree on every value.
-FACTORS = [Fraction(f) for f in ("1/2", "1/3", "1/4", "1/8", "2", "3", "4")]
-
-
-@pytest.mark.parametrize("factor", FACTORS, ids=str)
+@pytest.mark.parametrize("factor", map(Fraction, ("1/2", "1/3", "1/4", "1/8", "2", "3", "4")), ids=str)
 def test_imresize_is_bit_exact_at_any_size(factor):
+    """At these factors a sum is a half, which floats hold exactly, or at least 1/162 away from one. So
+    fractions and MATLAB's double arithmetic agree on every value."""
     random = np.random.default_rng(int(100 * factor))
     shapes = [(1, 1), (1, 11, 3), (10, 1), (8, 5, 1), (3, 130)]  # the last one takes two strips
     shapes += [(*random.integers(2, 14, 2), 3) for _ in range(6)]
@@ -83,7 +79,8 @@ def test_imresize_by_hand_and_of_views_and_float_tensors_but_of_nothing_else():
 @pytest.mark.parametrize("name, mode, options", [
     *(("a.png", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")),
     *((name, "RGB", {}) for name in ("a.bmp", "a.tif", "a.ppm", "a.TIFF")),
-    ("clear.png", "P", dict(transparency=b"\0\x80\xff\7")), ("a.jp2", "RGB", dict(irreversible=False))])
+    ("clear.png", "P", dict(transparency=b"\0\x80\xff\7")), ("a.jp2", "RGB", dict(irreversible=False)),
+    ("a.tif", "LAB", {}), ("a.jpg", "CMYK", dict(quality=100))])
 def test_pictures_are_read_as_rgb(tmp_path, name, mode, options, capsys):
     """Alpha is left out with a note: the colours under it stay. Grey is repeated, palettes are resolved."""
     data.NOTES.clear()
@@ -92,15 +89,10 @@ def test_pictures_are_read_as_rgb(tmp_path, name, mode, options, capsys):
         picture.putalpha(Image.fromarray(noise(6, 8, seed=5)))
     path = save(picture, tmp_path / name, **options)
     colours = np.asarray(picture.convert("RGBA"))[..., :3]
-    assert np.array_equal(data.read_image(str(path)), colours)
+    image = data.read_image(str(path))
+    assert image.shape == (6, 8, 3) and image.dtype == np.uint8
+    assert np.abs(image.astype(int) - colours).max() <= (3 if name == "a.jpg" else 0)  # which is lossy
     assert ("transparency is left out" in capsys.readouterr().err) == (mode[-1] == "A" or name == "clear.png")
-
-
-@pytest.mark.parametrize("mode, name", [("CMYK", "a.jpg"), ("LAB", "a.tif")])
-def test_other_colour_spaces_become_rgb(tmp_path, name, mode):
-    smooth = np.linspace(40, 200, 16 * 16 * 3).reshape(16, 16, 3).astype(np.uint8)
-    image = data.read_image(save(smooth, tmp_path / name, mode))
-    assert image.shape == (16, 16, 3) and np.abs(image.astype(int) - smooth).max() < 12
 
 
 @pytest.mark.parametrize("orientation, turn", [(2, np.fliplr), (3, np.flip), (4, np.flipud), (6, np.rot90)])
@@ -123,13 +115,9 @@ def test_a_picture_of_182_megapixels_is_read(tmp_path):
     assert picture.shape == (13500, 13500, 3) and (picture[::999, ::999] == 7).all()
 
 
-def png_of_16_bits(path):
-    """Pillow writes none. So the header of an 8-bit PNG is made to say: half as wide, 16 bits a value."""
-    content = bytearray(save(RGB, path).read_bytes())
-    content[19] = 4
-    content[24] = 16
-    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
-    path.write_bytes(content)
+PNG_OF_16_BITS = bytes.fromhex(  # a black pixel in RGB; Pillow writes none
+    "89504e470d0a1a0a0000000d4948445200000001000000011002000000c0e78f9d"
+    "0000000b49444154789c636000030000070001b286acf40000000049454e44ae426082")
 
 
 @pytest.mark.parametrize("name, make, words", [
@@ -137,7 +125,7 @@ def png_of_16_bits(path):
       for name in ("animated.gif", "animated.png")),
     ("grey.png", lambda p: save(noise(4, 4).astype(np.uint16) * 16, p), "-depth 8"),
     ("grey.tif", lambda p: save(noise(4, 4).astype(np.uint16) * 257, p), "more than 8 bits a value"),
-    ("colour.png", png_of_16_bits, "more than 8 bits a value; convert it: magick"),
+    ("colour.png", lambda p: p.write_bytes(PNG_OF_16_BITS), "more than 8 bits a value; convert it: magick"),
     ("colour.ppm", lambda p: p.write_bytes(b"P6 4 4 4095\n" + bytes(96)), "more than 8 bits a value"),
     ("float.tif", lambda p: save(np.full((4, 4), 0.5, np.float32), p), "more than 8 bits"),
     ("int.tif", lambda p: save(np.full((4, 4), 7, np.int32), p), "more than 8 bits"),
@@ -394,10 +382,8 @@ def test_patches_are_aligned_and_uniform_over_images_positions_and_turns(monkeyp
     assert len(turns) == 8 and (counts - 1500).abs().max() < 6 * math.sqrt(1500)
 
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=on_gpu)))
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))))
 def test_seed_and_step_alone_decide_the_patches_and_processes_share_them(monkeypatch, device):
     """Nothing synchronises with a GPU. It may compute x/255 as x·(1/255), which is off in the last bit."""
     paths = coded(monkeypatch, [(20, 20), (15, 30)], 2)
