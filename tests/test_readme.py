@@ -39,7 +39,7 @@ def test_its_commands_and_flags_with_values_parse(file, words, monkeypatch):
         models.build(options.student, options.scale or 4)
 
 
-def test_its_files_exist_and_its_functions_are_defined_where_it_says():
+def test_its_files_functions_and_flags_exist(capsys):
     named = re.findall(r"[`(]((?:results|tests)/[^`)\s*…]*|\w+\.(?:py|txt)|edsr_baseline\.pt)[`)]", README)
     assert "dukd.py" in named and not [name for name in named if not (ROOT / name).exists()]
     named = {(name, file) for names, file in re.findall(r"((?:`[^`\n]+`(?:,| and|) )+)in `(\w+)\.py`", README)
@@ -47,9 +47,6 @@ def test_its_files_exist_and_its_functions_are_defined_where_it_says():
     defined = {(name, path.stem) for path in ROOT.glob("*.py")
                for name in re.findall(r"^(?: *def | *class |)(\w+)(?:\(| =|:)", path.read_text("utf8"), re.M)}
     assert len(named) > 5 and not named - defined
-
-
-def test_its_flags_exist(capsys):
     for parse in (train.parse, evaluate.parse):
         with pytest.raises(SystemExit):
             parse(["--help"])
