@@ -16,6 +16,7 @@ from dukd import InvertibleAugmentation, bicubic_resize, zoom_in, zoom_out
 
 OPS = InvertibleAugmentation.OPERATIONS
 COMBINATIONS = list(itertools.product((False, True), repeat=4))  # of hflip, vflip, transpose, invert
+MASKS = torch.tensor(COMBINATIONS).T  # of a batch of 16 in which each sample has another combination
 
 
 def seeded(seed=0):
@@ -30,14 +31,9 @@ def same(a, b, atol=1e-6):
     return torch.allclose(a, b, rtol=0, atol=atol)
 
 
-def all_sixteen(ops=OPS):
-    """A batch of 16 in which each sample has another subset of the operations."""
-    return InvertibleAugmentation(ops, torch.tensor(COMBINATIONS).T)
-
-
 def test_each_of_the_16_combinations_is_applied_pixel_by_pixel():
     x = uniform(16, 3, 5, 5)
-    y = all_sixteen().apply(x)
+    y = InvertibleAugmentation(OPS, MASKS).apply(x)
     for n, (hflip, vflip, transpose, invert) in enumerate(COMBINATIONS):
         for row, column in itertools.product(range(5), repeat=2):
             i, j = (column, row) if transpose else (row, column)  # F transposes after it flips
@@ -54,7 +50,7 @@ def test_the_16_combinations_come_back_in_any_order_of_operations(scale):
         return z.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     x = uniform(16, 3, 6, 6)
     for ops in itertools.permutations(OPS):
-        F = all_sixteen(ops)
+        F = InvertibleAugmentation(ops, MASKS)
         back = F.invert(student(F.apply(x)))
         colours = F.masks[ops.index("invert")]
         assert torch.equal(back[~colours], student(x)[~colours])

@@ -154,8 +154,8 @@ def test_names(name, description):
 
 @pytest.mark.parametrize("name, scale, message", [
     ("vdsr_deep", 4, "unknown model 'vdsr_deep'; known: edsr, "), ("edsr_c64b16 ", 4, "unknown"),
-    ("smal", 4, "unknown"), ("edsr_basline", 4, "unknown"), ("rcan_c64b6", 4, "unknown"),
-    ("edsr_c64b0", 4, "unknown"), ("edsr_c64b16r", 4, "unknown"), ("rcan_c64b6g10r0.1", 4, "unknown"),
+    ("rcan_c64b6", 4, "unknown"), ("edsr_c64b0", 4, "unknown"), ("edsr_c64b16r", 4, "unknown"),
+    ("rcan_c64b6g10r0.1", 4, "unknown"), ("edsr_basline", 4, "unknown"), ("smal", 4, "unknown"),
     ("swinir_c12s5", 4, "'swinir_c12s5': the Swin layers must be a multiple of six"),
     ("swinir_c20s6", 4, "(20) must be a multiple of its 6 heads"),
     ("edsr_c4b1", 5, "scale 5 is not one of 2, 3, 4, 8"), ("rcan_c4b1g1", None, "2, 3, 4, 8")])
@@ -297,19 +297,6 @@ def test_settings_that_shapes_do_not_tell(tmp_path):
         refused(tmp_path / "bare.pt", **other)
 
 
-def test_why_another_packages_network_is_not_read(tmp_path, monkeypatch):
-    """The package is not installed, does not work, or does not know the weights either."""
-    path = stored(tmp_path, {"module.body.0.weight": torch.zeros(2)})
-    monkeypatch.setitem(sys.modules, "spandrel", None)
-    refused(path, "For other networks: pip install spandrel")
-    (tmp_path / "spandrel.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    monkeypatch.delitem(sys.modules, "spandrel")
-    monkeypatch.syspath_prepend(tmp_path)
-    refused(path, "fails to import (operator torchvision::nms does not exist)", "install both from one")
-    monkeypatch.setitem(sys.modules, "spandrel", types.SimpleNamespace(ModelLoader=None))
-    refused(path, "spandrel does not know it either")
-
-
 class Found:
     """A stand-in for what the package spandrel finds. It edits its input, and answers in inference mode."""
     purpose, scale, input_channels, output_channels = "SR", 2, 3, 3
@@ -324,11 +311,20 @@ class Found:
         return F.interpolate(x.mul_(2), scale_factor=2)
 
 
-def test_another_packages_network(tmp_path, monkeypatch):
-    """The prefix module. is taken off, but no part of the network's own names."""
+def test_another_packages_network_and_why_it_is_not_read(tmp_path, monkeypatch):
+    """The package is not installed, does not work, or does not know the weights either. Where it does, the
+    prefix module. is taken off, but no part of the network's own names."""
+    path = stored(tmp_path, {f"module.body.{i}.weight": torch.zeros(2) for i in (0, 1)})
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    refused(path, "For other networks: pip install spandrel")
+    (tmp_path / "spandrel.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.delitem(sys.modules, "spandrel")
+    monkeypatch.syspath_prepend(tmp_path)
+    refused(path, "fails to import (operator torchvision::nms does not exist)", "install both from one")
+    monkeypatch.setitem(sys.modules, "spandrel", types.SimpleNamespace(ModelLoader=None))
+    refused(path, "spandrel does not know it either")
     loader = types.SimpleNamespace(load_from_state_dict=Found)
     monkeypatch.setitem(sys.modules, "spandrel", types.SimpleNamespace(ModelLoader=lambda device: loader))
-    path = stored(tmp_path, {f"module.body.{i}.weight": torch.zeros(2) for i in (0, 1)})
     net, x = models.load(path), picture(2, 3, 9, 5)
     assert torch.equal(net(x), F.interpolate(x * 2, scale_factor=2)) and torch.equal(x, picture(2, 3, 9, 5))
     assert (net.scale, net.config["arch"], net.taps, net.receptive_radius) == (2, "X", [], None)
@@ -370,11 +366,17 @@ def test_onnx_export_takes_any_size_and_keeps_weights_as_such(kind, scale):
         same(lambda x: torch.tensor(evaluator.run(None, {"x": x.numpy()})[0]), net, size)
 
 
-def test_empty_and_truncated_files(tmp_path):
+def test_content_that_is_no_network(tmp_path):
     whole = stored(tmp_path, make("edsr").state_dict()).read_bytes()
     for content in (b"", b"PK\3\4", b"a text\n", whole[:1000], whole[:-1000], whole[:-1]):
         (tmp_path / "net.pt").write_bytes(content)
         refused(tmp_path / "net.pt", "empty, truncated or damaged")
+    bare = {"conv_first.weight": torch.zeros(4, 3, 3, 3), "upsample.0.weight": torch.zeros(())}
+    for content, words in [
+            ([1, 2], "list"), ({"epoch": 3}, "epoch"), ({"params": {}}, "no weights"), (bare, "is no EDSR"),
+            ({"fc.weight": torch.zeros(4)}, "conv_first.weight"),
+            ({"head.0.weight": torch.zeros(())}, "is no EDSR")]:
+        refused(stored(tmp_path, content), words)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -387,14 +389,6 @@ def test_code_in_a_file_is_not_run(tmp_path, zipped):
     assert not sprung.exists()
     torch.load(path, weights_only=False)  # the trap was live
     assert sprung.exists()
-
-
-@pytest.mark.parametrize("content, words", [
-    ([1, 2], "list"), ({"epoch": 3}, "epoch"), ({"params": {}}, "no weights"),
-    ({"fc.weight": torch.zeros(4)}, "conv_first.weight"), ({"head.0.weight": torch.zeros(())}, "is no EDSR"),
-    ({"conv_first.weight": torch.zeros(4, 3, 3, 3), "upsample.0.weight": torch.zeros(())}, "is no EDSR")])
-def test_content_that_is_no_network(tmp_path, content, words):
-    refused(stored(tmp_path, content), words)
 
 
 @pytest.mark.parametrize("kind, key", [("edsr", "body.1.conv2.bias"), ("rcan", "body.1.conv.weight"),
