@@ -182,9 +182,9 @@ def test_other_names_and_folders_are_other_pictures(tmp_path):
              "r0-x1.png", "r0-x2.png", "paper_2x3.png", "paper_2x4.png"]  # tiles
     a, b = touch(tmp_path / "a", *names), touch(tmp_path / "b", "0001.png", "0002x4.png")
     touch(b, *(f"{i:05}.png" for i in range(20_000)))
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(data.find_hr([a, b])) == len(names) + 2 + 20_000
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_a_file_in_several_places_is_found_once_and_a_dangling_link_is_named(tmp_path, monkeypatch, capsys):
