@@ -397,8 +397,8 @@ def replace_file(path, content):
     """Writes bytes to a file, and makes its folder. It takes the place of `path` once it is whole and on the
     disk. After an exception (OSError: the disk is full) the old one is as it was, the new one removed."""
     own = Path(path).with_name(f".{os.getpid()}_{threading.get_ident()}.tmp")  # of this process and thread
+    own.parent.mkdir(parents=True, exist_ok=True)
     try:
-        own.parent.mkdir(parents=True, exist_ok=True)
         with open(own, "wb") as file:
             file.write(content)
             file.flush()

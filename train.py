@@ -224,15 +224,14 @@ def train(args, command="python train.py", listen=list):
                 run.rows.append(f"{run.step},{rate:.3g},{terms},{val_psnr},{ms:.2f}\n")
                 log.write(run.rows[-1])
                 attempt(log.flush)
-                if validating:
+                if validating and run.step < args.steps:
                     attempt(run.save, out, True)
                 psnr = "?" if math.isnan(run.psnr) else f"{run.psnr:.2f}"
                 bar.set_postfix_str(f"loss {means[-1]:.4f}, {psnr} dB (bicubic {bicubic_psnr:.2f})", False)
             window, began = [], time.perf_counter()
         bar.close()
         if run.rank == 0:
-            if run.saved != run.step:
-                run.save(out, run.step == args.steps)
+            run.save(out, run.step == args.steps)
             finish(run, out, bicubic_psnr)
     if run.world > 1:
         dist.destroy_process_group()
@@ -242,7 +241,7 @@ def train(args, command="python train.py", listen=list):
 
 
 class Run:
-    """Networks, pictures and device of a run, and where it stands: `step`, `psnr`, `best` and `saved`."""
+    """Networks, pictures and device of a run, and where it stands: `step`, `psnr`, `best` and `rows`."""
 
     def __init__(self, args):
         self.args = args
@@ -291,7 +290,6 @@ class Run:
         self.val_every = args.val_every or max(1, min(args.steps // 10, 5000))
         self.log_every = 10 if self.device.type == "cuda" else 1  # reading the terms waits for a GPU
         self.step, self.psnr, self.best = 0, math.nan, -math.inf  # psnr, best: held-out
-        self.saved = None  # the step of last.ckpt
         self.rows = [f"step,lr,{','.join(self.weights)},total,val_psnr,ms\n"]  # of log.csv
         if checkpoint:
             self.restore(checkpoint)
@@ -309,17 +307,18 @@ class Run:
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.psnr, self.best = state["step"], state["psnr"], state["best"]
-        self.rows, self.saved = state["rows"], state["step"]
+        self.rows = state["rows"]
 
     def save(self, out, validated):
-        """Writes student.pt, best.pt if these weights are validated and the best so far, then last.ckpt."""
+        """Writes best.pt if these weights are validated and the best so far, student.pt, then last.ckpt."""
         weights = self.student.state_dict()
-        models.save(out / "student.pt", self.ema, weights)
-        if validated and self.psnr > self.best:
-            models.save(out / "best.pt", self.ema, weights)
-            self.best = self.psnr
-        models.replace_file(out / "last.ckpt", models.as_bytes(self.state()))
-        self.saved = self.step
+        try:
+            if validated and self.psnr > self.best:
+                models.save(out / "best.pt", self.ema, weights)
+                self.best = self.psnr
+            models.save(out / "student.pt", self.ema, weights)
+        finally:  # also where those are denied
+            models.replace_file(out / "last.ckpt", models.as_bytes(self.state()))
 
     @torch.compiler.set_stance("force_eager")  # else blocks are compiled for each size of picture
     def score(self, label):

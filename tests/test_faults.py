@@ -94,5 +94,5 @@ def test_a_checkpoint_that_is_cut_off_is_one_line(place, tmp_path):
     out = tmp_path / "run"
     code, _ = run(place, out, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000)))
     lines = Path(f"{out}.log2").read_text().splitlines()
-    assert code == 2 and lines[-1].endswith("student.pt cannot be read or written: File too large"), lines
+    assert code == 2 and lines[-1].endswith("last.ckpt cannot be read or written: File too large"), lines
     assert not list(out.glob("*.pt")) and not list(out.glob(".*"))
