@@ -72,7 +72,7 @@ def read_image(path):
 
 def find_images(places):
     """The image files at `places`: files, and folders, whose images come sorted by name. Hidden files are
-    passed over. Notes tell of what else a folder has, and of files that are found again, as by a link.
+    passed over. Notes tell of what else a folder has, and of links to files that were found before.
     InputError for what is missing, and for a folder without images."""
     found, again = {}, 0
     for place in map(Path, places):
@@ -89,7 +89,7 @@ def find_images(places):
                 raise InputError(f"{path} does not exist, or is a link to a file that does not exist")
             again += found.setdefault(path.resolve(), path) != path
     if again:
-        note(f"{again} pictures of {places[0]} are left out, as they are links to others")
+        note(f"{again} pictures are left out, as they are the files of others")
     return list(found.values())
 
 
@@ -128,7 +128,7 @@ def imresize(image, factor):
 def read_pair(path, scale, least=1, cache=None):
     """(lr, hr) of an HR file: hr is cropped at the bottom and right to multiples of s, lr is hr resized.
     cache: a folder for both as .npy files, which are mapped, as a set may be larger than memory. Their name
-    is a hash of the picture's path, size and times, and of s. Damaged ones are made anew. None: no files.
+    is a hash of the picture's path, size and times, and of s. Files that are gone or cut off are made anew.
     InputError where a side of lr has less than `least` pixels. OSError where the disk is full."""
     files = []
     if cache:
@@ -139,7 +139,7 @@ def read_pair(path, scale, least=1, cache=None):
         files = [Path(cache, f"{name}_{part}.npy") for part in ("lr", "hr")]
     try:
         lr, hr = [np.lib.format.open_memmap(file, mode="r") for file in files]
-    except (OSError, ValueError, SystemError):  # no whole .npy files; Python 3.11's parser fails in a thread
+    except (OSError, ValueError, SystemError):  # no cache, no whole files; 3.11's parser fails in threads
         hr = read_image(path)
         hr = np.ascontiguousarray(hr[:hr.shape[0] // scale * scale, :hr.shape[1] // scale * scale])
         lr = imresize(hr, 1 / scale)
@@ -192,7 +192,7 @@ class Patches:
     each of the eight ways to turn or mirror it. Each of `world` processes draws all, and gets its part."""
 
     def __init__(self, paths, patch, scale, batch, seed, cache, device="cpu", rank=0, world=1):
-        """paths: of HR. patch: p. cache: the folder of decoded pictures. InputError as of `read_all`."""
+        """paths: of HR. patch: p. cache: the folder of decoded pictures. InputError as of `read_pair`."""
         self.paths, self.patch, self.scale, self.batch, self.seed = paths, patch, scale, batch, seed
         self.device = torch.device(device)
         self.part = range(rank * batch // world, (rank + 1) * batch // world)
@@ -203,13 +203,13 @@ class Patches:
     def __getitem__(self, step):
         draw = torch.Generator().manual_seed(seed_of(self.seed, step))
         images = torch.randint(len(self.paths), (self.batch,), generator=draw)
-        corners = torch.rand(self.batch, 2, dtype=torch.float64, generator=draw)  # float32 could round to 1
+        corners = torch.rand(self.batch, 2, dtype=torch.float64, generator=draw)
         turns = torch.randint(8, (self.batch,), generator=draw)
         pairs = [self._cut(self.paths[images[i]], corners[i], int(turns[i])) for i in self.part]
-        batches = [torch.from_numpy(np.stack(patches)) for patches in zip(*pairs)]  # uint8 (N,h,w,3)
+        stacks = [torch.from_numpy(np.stack(patches)) for patches in zip(*pairs)]  # uint8 (N,h,w,3)
         if self.device.type == "cuda":
-            batches = [x.pin_memory() for x in batches]  # the host does not wait for their copies
-        return [x.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255 for x in batches]
+            stacks = [x.pin_memory() for x in stacks]  # the host does not wait for their copies
+        return [x.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255 for x in stacks]
 
     def _cut(self, path, corner, turn):
         """The patches of an image, lr (p,p,3) and hr (s·p,s·p,3), turned alike. corner: (2,) in [0,1)."""

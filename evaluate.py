@@ -6,7 +6,8 @@
     python evaluate.py teacher.pt student.pt --bench                        milliseconds an image, in turns
 
 Protocol: HR is cropped to a multiple of s. LR is MATLAB's bicubic of HR. SR is rounded to uint8. s pixels are
-shaved off each edge. Luma Y is BT.601's in 16–235, not rounded. SSIM has an 11×11 Gaussian of sigma 1.5.
+shaved off each edge. Luma Y is BT.601's in 16–235, not rounded. SSIM has an 11×11 Gaussian of sigma 1.5. The
+tables' row of bicubic is `published_bicubic`.
 """
 import argparse
 import contextlib
@@ -392,8 +393,8 @@ def pick_device(name=""):
 @contextlib.contextmanager
 def command_line():
     """What a program's main() runs in. Errors that users can cause end it with one line and exit code 2.
-    A letter that the terminal's encoding lacks becomes a question mark. Where a stream is closed, what is
-    printed is lost. Where stdout's pipe is closed, the program ends quietly."""
+    A letter that the terminal's encoding lacks becomes a question mark. What is printed on a closed stderr is
+    lost. A closed stdout ends the program quietly, unless it is `Lasting`."""
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):

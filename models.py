@@ -547,7 +547,7 @@ def infer(state):
 
 
 class Foreign(nn.Module):
-    """A network of the package spandrel behind the same interface, as a teacher only: no gradient."""
+    """A network of the package spandrel behind the same interface, as a teacher only: no gradient or taps."""
 
     def __init__(self, found):
         super().__init__()

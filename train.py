@@ -70,7 +70,7 @@ def parse(argv):
 
     add = group("networks and pictures").add_argument
     add("--teacher", type=FILE, metavar="FILE", default="", help="the frozen f_T")
-    add("--student", default="small", help=f"f_S: small (the paper's), {models.NAMES_HELP}")
+    add("--student", default="small", help=f"f_S: small (the paper's, or half as wide), {models.NAMES_HELP}")
     add("--scale", type=int, choices=models.SCALES, default=0, help="s [the teacher's, else 4]")
     add("--data", type=FILE, nargs="+", default=[], metavar="DIR", help="HR [scikit-image's]")
     add("--val", type=FILE, nargs="+", default=[], metavar="DIR",
@@ -176,7 +176,7 @@ def train(args, command="python train.py", listen=list):
     out, log, bicubic_psnr = None, contextlib.nullcontext(), math.nan
     if run.rank == 0:  # the first process speaks and writes for all
         out = Path(args.resume) if args.resume else new_folder(args, run.scale)
-        # A row that cannot be written waits in the buffer. "x": of runs with one --out the first gets it.
+        # "x": of runs with one --out, the first gets it. Rows whose write is denied wait in the buffer.
         log = open(out / "log.csv", "w" if args.resume else "x", buffering=2**20, newline="")
         log.writelines(run.rows)
         if not args.resume:
@@ -331,8 +331,8 @@ class Run:
         """InputError for a NaN or an infinity. L1's gradient at a NaN is 0, so the weights may look fine."""
         norm = torch.nn.utils.get_total_norm(self.parameters)
         if not (math.isfinite(loss) and norm.isfinite()):
-            raise InputError(f"the loss or the weights are not finite after step {self.step}. last.ckpt is "
-                             "older, and good. A lower --lr or --precision float32 may help")
+            raise InputError(f"the loss or the weights are not finite after step {self.step}. Start anew "
+                             "from the last student.pt (--init), with a lower --lr or --precision float32")
 
 
 def join_processes(device):
@@ -397,7 +397,7 @@ def choose_pictures(args):
 
 
 def check_identity(folder, saved, now):
-    """InputError where the pictures or the teacher are not those of the run to resume."""
+    """InputError where the names of pictures or the teacher's file are not those of the run to resume."""
     for name in now:
         if saved[name] != now[name]:
             others = sorted({*saved[name]} ^ {*now[name]}) or ["the order"]
@@ -406,8 +406,8 @@ def check_identity(folder, saved, now):
 
 
 def build_student(args, teacher, scale):
-    """The student by name. With --init it gets every tensor of a file that fits in name and shape, and the
-    file's residual scale, mean and range, as tensors mean little without them."""
+    """The student by name. With --init it gets a file's tensors, which must fit in name and shape, but for
+    `upsample`; and the file's residual scale, mean and range, as tensors mean little without them."""
     config = models.small(teacher) if args.student == "small" else models.config_of(args.student, scale)
     if not args.init:
         return models.from_config(config)
@@ -430,7 +430,7 @@ def build_student(args, teacher, scale):
 
 def new_folder(args, scale):
     """Makes the folder of a new run: --out, or the next free one of runs/METHOD_STUDENT_xS, …_xS_2, …_xS_3.
-    Of runs that start together, each gets its own."""
+    Of runs that start together without --out, each gets its own."""
     name = args.out or f"runs/{args.method}_{args.student}_x{scale}"
     for number in itertools.count(1):
         path = Path(name if number == 1 else f"{name}_{number}")
@@ -459,7 +459,7 @@ def introduce(run, out):
 
 @torch.compiler.set_stance("force_eager")
 def finish(run, out, bicubic_psnr):
-    """The last lines: how good the student is and where, or how to go on."""
+    """compare.png, and the last lines: how good the student is and where; or how to go on."""
     if run.step < run.args.steps:
         folder = out.as_posix()
         if not re.fullmatch(r"[\w@%+=:,./-]+", folder):
@@ -488,7 +488,7 @@ def catch_signals():
 
 
 def attempt(write, *arguments):
-    """Writes. Where it is denied, as by a virus scanner, training goes on: a later write makes up for it."""
+    """Writes. Where that is denied, as by a virus scanner, a note says so, and a later write tries again."""
     try:
         write(*arguments)
     except PermissionError as e:
@@ -512,7 +512,7 @@ def fast_step(run, pair):
         torch.backends.cudnn.benchmark = True  # cuDNN searches for the fastest algorithm of each shape
         if run.args.compile != "no":
             compile_blocks(run, pair)
-        step(*pair)
+        step(*pair)  # the search
         if run.args.compile == "graph":
             step = recorded(step, pair)
         torch.backends.cudnn.benchmark = False  # it would search anew for each size of held-out picture
