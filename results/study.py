@@ -109,8 +109,8 @@ STUDIES = {
     + of_equal_time("Q", ALL, [("KD", 10_000), (HALF, 10_000)])
     + of_equal_time("Q", 8, FULL) + of_equal_time("Q", 128, FULL)
     + of_equal_time("Q", 8, SHORT) + of_equal_time("Q", 128, SHORT) + of_equal_time("Q", 32, BOLD)
-    + of_equal_time("Q", 8, [*BOLD, ("zoom-in", 2400), FULL[0]], 1)
-    + of_equal_time("Q", 128, [*BOLD, ("zoom-in", 2400), FULL[0]], 1)
+    + of_equal_time("Q", 8, [*BOLD, ("zoom-in", 2400), *FULL], 1)
+    + of_equal_time("Q", 128, [*BOLD, ("zoom-in", 2400), *FULL], 1)
     + of_equal_time("Q", ALL, [("zoom-in", 10_000), (HALF, 20_000), ("scratch", 10_000), ("DUKD", 10_000)]),
     "R": of_equal_time("R", 128, [("KD", 2400), ("zoom-in", 2400), (HALF, 2400), ("scratch", 2400),
                                   ("DUKD", 2400)]),
