@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from torch import nn
 
 warnings.filterwarnings("ignore", message="torch.meshgrid")  # of networks that spandrel has
@@ -53,7 +53,7 @@ def upsampler(channels, scale):
 
 
 def shuffle_then_conv(x, r, conv):
-    """conv(F.pixel_shuffle(x, r)), computed before the shuffle: the same sums, but of c·r² → k·r² channels.
+    """conv(nnf.pixel_shuffle(x, r)), computed before the shuffle: the same sums, but of c·r² → k·r² channels.
     bfloat16 units are fast there, and slow at c → 3 channels.
     x (N,c·r²,h,w); conv 3×3, c → k, with padding 1. Returns (N,k,r·h,r·w).
     The shuffle makes 3r×3r pixels of the 3×3 around (i,j) of x. Output pixel (r·i + p, r·j + q) sees 3×3 of
@@ -63,11 +63,11 @@ def shuffle_then_conv(x, r, conv):
     for p in range(r):
         for q in range(r):
             left_right_top_bottom = (r - 1 + q, 2 * r - 2 - q, r - 1 + p, 2 * r - 2 - p)
-            kernels.append(F.pad(conv.weight, left_right_top_bottom))  # (k,c,3r,3r)
+            kernels.append(nnf.pad(conv.weight, left_right_top_bottom))  # (k,c,3r,3r)
     kernel = torch.stack(kernels, dim=1).flatten(0, 1)  # (k·r²,c,3r,3r), in the order of a shuffle
-    kernel = F.pixel_unshuffle(kernel, r)  # (k·r²,c·r²,3,3)
+    kernel = nnf.pixel_unshuffle(kernel, r)  # (k·r²,c·r²,3,3)
     bias = conv.bias.repeat_interleave(r * r)
-    return F.pixel_shuffle(F.conv2d(x, kernel, bias, padding=1), r)
+    return nnf.pixel_shuffle(nnf.conv2d(x, kernel, bias, padding=1), r)
 
 
 class SRNetwork(nn.Module):
@@ -116,7 +116,7 @@ class ResidualBlock(nn.Module):
         self.res_scale = res_scale
 
     def forward(self, x):
-        return torch.add(x, self.conv2(F.relu(self.conv1(x))), alpha=self.res_scale)  # x + res_scale·(…)
+        return torch.add(x, self.conv2(nnf.relu(self.conv1(x))), alpha=self.res_scale)  # x + res_scale·(…)
 
 
 class EDSR(SRNetwork):
@@ -200,7 +200,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x, mask=None):
         """x (N,H,W,C); mask (nW,w²,w²), one for each of the nW windows of an image. Returns (N,H,W,C).
-        F.scaled_dot_product_attention would copy the bias, as large as the scores, for each image."""
+        nnf.scaled_dot_product_attention would copy the bias, as large as the scores, for each image."""
         # N images of H×W pixels in nW = rows·columns windows of w×w; C channels in h heads of d
         N, H, W, C = x.shape
         h, w = self.heads, self.window
@@ -242,7 +242,7 @@ class SwinLayer(nn.Module):
         else:
             y = self.attn(y)
         x = x + (y if keep is None else y * keep[0])
-        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        y = self.mlp["fc2"](nnf.gelu(self.mlp["fc1"](self.norm2(x))))
         return x + (y if keep is None else y * keep[1])
 
 

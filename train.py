@@ -311,12 +311,12 @@ class Run:
 
     def save(self, out, validated):
         """Writes best.pt if these weights are validated and the best so far, student.pt, then last.ckpt."""
-        weights = self.student.state_dict()
+        params = self.student.state_dict()
         try:
             if validated and self.psnr > self.best:
-                models.save(out / "best.pt", self.ema, weights)
+                models.save(out / "best.pt", self.ema, params)
                 self.best = self.psnr
-            models.save(out / "student.pt", self.ema, weights)
+            models.save(out / "student.pt", self.ema, params)
         finally:  # also where those are denied
             models.replace_file(out / "last.ckpt", models.as_bytes(self.state()))
 
