@@ -6,8 +6,7 @@
     python evaluate.py teacher.pt student.pt --bench                        milliseconds an image, in turns
 
 Protocol: HR is cropped to a multiple of s. LR is MATLAB's bicubic of HR. SR is rounded to uint8. s pixels are
-shaved off each edge. Luma Y is BT.601's in 16–235, not rounded. SSIM has an 11×11 Gaussian of sigma 1.5. The
-tables' row of bicubic is `published_bicubic`.
+shaved off each edge. Luma Y is BT.601's in 16–235, not rounded. SSIM has an 11×11 Gaussian of sigma 1.5.
 """
 import argparse
 import contextlib

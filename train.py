@@ -176,8 +176,10 @@ def train(args, command="python train.py", listen=list):
     out, log, bicubic_psnr = None, contextlib.nullcontext(), math.nan
     if run.rank == 0:  # the first process speaks and writes for all
         out = Path(args.resume) if args.resume else new_folder(args, run.scale)
-        # "x": of runs with one --out, the first gets it. Rows whose write is denied wait in the buffer.
-        log = open(out / "log.csv", "w" if args.resume else "x", buffering=2**20, newline="")
+        try:  # rows whose write is denied wait in the buffer
+            log = open(out / "log.csv", "w" if args.resume else "x", buffering=2**20, newline="")
+        except FileExistsError:
+            raise InputError(f"{out} was taken by another run meanwhile: give another --out") from None
         log.writelines(run.rows)
         if not args.resume:
             about = dict(settings=run.settings, identity=run.identity)
